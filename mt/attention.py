@@ -1,0 +1,241 @@
+"""Attention: who may look at whom, and how much.
+
+Shapes: B sentences, H heads, T query positions, S key positions, K head size, D = H * K.
+Masks are boolean, True = may attend.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+    explicit: bool | None = None,
+) -> Tensor:
+    """Scaled dot-product attention, softmax(Q Kᵀ / √K) V (Vaswani et al. 2017, eq. 1).
+
+    Args:
+        query: [B, H, T, K].
+        key, value: [B, H, S, K].
+        mask: boolean, broadcastable to [B, H, T, S]; True = may attend. Each query needs at least
+            one True.
+        causal: position t may attend to the positions up to t only (T = S). Excludes ``mask``.
+        dropout: probability of dropping an attention weight.
+        explicit: write the formula out instead of calling the fused kernel. By default it is
+            written out for bf16 on the CPU, where the fused kernel is about four times slower.
+
+    Returns: [B, H, T, K].
+    """
+    assert not (causal and mask is not None)
+    if explicit is None:
+        explicit = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if explicit:
+        weights = attention_weights(query, key, mask, causal=causal)
+        return (cheap_dropout(weights, dropout) @ value.to(weights.dtype)).to(query.dtype)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout
+    )
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """The weights softmax(Q Kᵀ / √K), [B, H, T, S]; arguments as in :func:`attend`.
+
+    They are computed in fp32 at least: more exact than bf16, and on the CPU as fast, since there
+    the softmax is three times faster and no bf16 kernel is compiled for each shape.
+    """
+    if query.dtype in (torch.bfloat16, torch.float16):
+        query, key = query.float(), key.float()
+    scores = (query * (1 / math.sqrt(query.size(-1)))) @ key.transpose(-2, -1)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1)
+
+
+def cheap_dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout; on the CPU its mask is cut from random bytes, five times faster than Bernoulli.
+
+    A byte resolves the probability in steps of 1/256; the kept values are scaled by the exact
+    inverse of the probability used, so that the expectation is x.
+    """
+    if p == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    threshold = max(1, round(p * 256))
+    # From -2^63 on, else the highest bit of every eighth byte would always be 0.
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
+    return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
+
+
+class Dropout(nn.Module):
+    """:func:`cheap_dropout` while training, nothing otherwise."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cheap_dropout(x, self.p) if self.training else x
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class KeyValueCache:
+    """The keys and values of the positions decoded so far, of one self-attention layer."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None  # [B, H, S, K]
+        self.value: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest positions [B, H, T, K]; returns all of them so far."""
+        if self.key is None or self.value is None:
+            self.key, self.value = key, value
+        else:
+            self.key = torch.cat([self.key, key], dim=2)
+            self.value = torch.cat([self.value, value], dim=2)
+        return self.key, self.value
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order."""
+        if self.key is not None and self.value is not None:
+            self.key = self.key.index_select(0, rows)
+            self.value = self.value.index_select(0, rows)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, D] -> [B, H, T, K]"""
+    batch, length, dim = x.shape
+    return x.view(batch, length, num_heads, dim // num_heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, T, K] -> [B, T, D]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention: query, key and value are linear maps of one sequence."""
+
+    def __init__(self, dim: int, *, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        assert dim % num_heads == 0
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return (
+            split_heads(query, self.num_heads),
+            split_heads(key, self.num_heads),
+            split_heads(value, self.num_heads),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D].
+
+        mask: boolean, broadcastable to [B, H, T, S]; True = may attend. With a cache, x holds the
+        newest positions only, and they attend to everything in the cache.
+        """
+        query, key, value = self._project(x)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        dropout = self.dropout if self.training else 0.0
+        return self.out(
+            merge_heads(attend(query, key, value, mask, causal=causal, dropout=dropout))
+        )
+
+    def weights(self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+        """The attention weights [B, H, T, T]; arguments as in forward."""
+        query, key, _ = self._project(x)
+        return attention_weights(query, key, mask, causal=causal)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention: queries from one sequence, keys and values from another."""
+
+    def __init__(self, dim: int, *, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        assert dim % num_heads == 0
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def project(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, K] of the other sequence [B, S, D]; while decoding, they are
+        computed once and kept."""
+        keys, values = self.key_value(key).chunk(2, dim=-1)
+        return split_heads(keys, self.num_heads), split_heads(values, self.num_heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor | tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, T, D] attends to key [B, S, D] (or to what :meth:`project` made of it).
+
+        mask: boolean, broadcastable to [B, H, T, S]; True = may attend. Returns [B, T, D].
+        """
+        keys, values = key if isinstance(key, tuple) else self.project(key)
+        query = split_heads(self.query(x), self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        return self.out(merge_heads(attend(query, keys, values, mask, dropout=dropout)))
+
+    def weights(self, x: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention weights [B, H, T, S]; arguments as in forward."""
+        keys, _ = self.project(key)
+        return attention_weights(split_heads(self.query(x), self.num_heads), keys, mask)
+
+
+class WeightedAttention(nn.Module):
+    """One learned linear score an element; softmax over the sequence turns scores into weights."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # No bias: it would add the same to every score, which softmax ignores.
+        self.score = nn.Linear(dim, 1, bias=False)
+
+    def _query(self, x: Tensor) -> Tensor:
+        # attend() divides by √D; a score has no such factor.
+        return (self.score.weight * math.sqrt(x.size(-1))).to(x.dtype).expand(x.size(0), 1, 1, -1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The elements of x [B, S, D], each multiplied by its weight, summed: [B, D].
+
+        mask: boolean [B, S]; True = counts, False = padding.
+        """
+        elements = x.unsqueeze(1)  # one head, [B, 1, S, D]
+        keep = None if mask is None else mask[:, None, None]
+        return attend(self._query(x), elements, elements, keep)[:, 0, 0]
+
+    def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The weights [B, S]; arguments as in forward."""
+        keep = None if mask is None else mask[:, None, None]
+        return attention_weights(self._query(x), x.unsqueeze(1), keep)[:, 0, 0]

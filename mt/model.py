@@ -1,0 +1,249 @@
+"""The Transformer: an encoder reads the source, a decoder writes the target.
+
+Shapes: B sentences, S source positions, T target positions, D model size, V vocabulary size.
+Masks are boolean, True = may attend (True = a real piece, False = padding).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mt.attention import CrossAttention, Dropout, KeyValueCache, SelfAttention, WeightedAttention
+from mt.config import Activation, ModelConfig, Tie
+
+
+def sinusoids(length: int, dim: int) -> Tensor:
+    """The position table [length, D] (Vaswani et al. 2017, sec. 3.5), sines before cosines."""
+    rates = torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2)))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Embedding(nn.Module):
+    """Pieces and their positions as vectors: √D · table[id] + sinusoid[position]."""
+
+    def __init__(self, table: nn.Embedding, *, dropout: float) -> None:
+        super().__init__()
+        self.table = table
+        self.scale = math.sqrt(table.embedding_dim)
+        self.dropout = Dropout(dropout)
+        positions = sinusoids(1026, table.embedding_dim)
+        self.register_buffer("positions", positions, persistent=False)
+        self.positions: Tensor
+
+    def forward(self, ids: Tensor, *, start: int = 0) -> Tensor:
+        """ids [B, T], the first of them at position ``start`` -> [B, T, D]."""
+        end = start + ids.size(1)
+        if end > self.positions.size(0):
+            longer = sinusoids(2 * end, self.table.embedding_dim)
+            self.positions = longer.to(self.positions)
+        return self.dropout(self.table(ids) * self.scale + self.positions[start:end])
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a nonlinearity between, at every position by itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.activation is Activation.swiglu
+        self.inner = nn.Linear(config.dim, config.ffn_dim * (2 if self.gated else 1))
+        self.outer = nn.Linear(config.ffn_dim, config.dim)
+        self.dropout = Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        hidden = self.inner(x)
+        if self.gated:  # SwiGLU (Shazeer 2020)
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * hidden
+        else:
+            hidden = F.relu(hidden)
+        return self.outer(self.dropout(hidden))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each around a residual, normalized before (pre-norm)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(config.dim)
+        self.self_attention = SelfAttention(
+            config.dim, num_heads=config.num_heads, dropout=config.attention_dropout
+        )
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.ffn = FeedForward(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, S, D], mask [B, 1, 1, S] -> [B, S, D]"""
+        x = x + self.dropout(self.self_attention(self.self_norm(x), mask))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward; pre-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_norm = nn.LayerNorm(config.dim)
+        self.self_attention = SelfAttention(
+            config.dim, num_heads=config.num_heads, dropout=config.attention_dropout
+        )
+        self.cross_norm = nn.LayerNorm(config.dim)
+        self.cross_attention = CrossAttention(
+            config.dim, num_heads=config.num_heads, dropout=config.attention_dropout
+        )
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.ffn = FeedForward(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | tuple[Tensor, Tensor],
+        memory_mask: Tensor | None,
+        *,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; memory [B, S, D] or its keys and values; mask [B, 1, 1, S].
+
+        Without a cache x is a whole sentence, whose positions see only what is to their left.
+        """
+        normed = self.self_norm(x)
+        x = x + self.dropout(self.self_attention(normed, causal=cache is None, cache=cache))
+        x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, memory_mask))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class LengthHead(nn.Module):
+    """Predicts log(target length / source length) from the encoder's states."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pool = WeightedAttention(dim)
+        self.ratio = nn.Linear(dim, 1)
+
+    def forward(self, memory: Tensor, mask: Tensor) -> Tensor:
+        """memory [B, S, D], mask [B, S] -> [B]"""
+        return self.ratio(self.pool(memory, mask)).squeeze(1)
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder Transformer (Vaswani et al. 2017), pre-norm with a last LayerNorm."""
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int) -> None:
+        super().__init__()
+        target_table = nn.Embedding(vocab_size, config.dim)
+        source_table = target_table
+        if config.tie is Tie.decoder:
+            source_table = nn.Embedding(vocab_size, config.dim)
+        self.source_embedding = Embedding(source_table, dropout=config.dropout)
+        self.target_embedding = Embedding(target_table, dropout=config.dropout)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.encoder_norm = nn.LayerNorm(config.dim)
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(config.dim)
+        self.length_head = LengthHead(config.dim) if config.length_head else None
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Xavier-uniform maps, embeddings of variance 1/D.
+
+        The last map of each residual branch is scaled down by √(2 · layers), so that the
+        residual stream starts out with the same variance whatever the depth (GPT-2's rule).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        for stack in (self.encoder, self.decoder):
+            for layer in stack:
+                for module in layer.children():
+                    if isinstance(module, SelfAttention | CrossAttention):
+                        module.out.weight.data.div_(math.sqrt(2 * len(stack)))
+                    elif isinstance(module, FeedForward):
+                        module.outer.weight.data.div_(math.sqrt(2 * len(stack)))
+
+    @property
+    def output_table(self) -> Tensor:
+        """[V, D]: the target embeddings are the output map, too."""
+        return self.target_embedding.table.weight
+
+    def forward(self, source: Tensor, target: Tensor, source_mask: Tensor) -> Tensor:
+        """source [B, S], target [B, T] (from BOS on), source_mask [B, S] -> logits [B, T, V]."""
+        return self.logits(self.decode(target, self.encode(source, source_mask), source_mask))
+
+    def encode(self, source: Tensor, source_mask: Tensor) -> Tensor:
+        """source [B, S], source_mask [B, S] -> memory [B, S, D]"""
+        x = self.source_embedding(source)
+        mask = source_mask[:, None, None]
+        for layer in self.encoder:
+            x = layer(x, mask)
+        return self.encoder_norm(x)
+
+    def decode(self, target: Tensor, memory: Tensor, source_mask: Tensor) -> Tensor:
+        """target [B, T], memory [B, S, D], source_mask [B, S] -> states [B, T, D]"""
+        x = self.target_embedding(target)
+        mask = source_mask[:, None, None]
+        for layer in self.decoder:
+            x = layer(x, memory, mask)
+        return self.decoder_norm(x)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., V]"""
+        return F.linear(states, self.output_table)
+
+    def log_length_ratio(self, memory: Tensor, source_mask: Tensor) -> Tensor:
+        """The predicted log(target length / source length), in pieces with EOS: [B]."""
+        assert self.length_head is not None
+        return self.length_head(memory, source_mask)
+
+    def start(self, memory: Tensor, source_mask: Tensor) -> "DecoderState":
+        """Begin to write one hypothesis for each row of memory [B, S, D]; mask [B, S]."""
+        return DecoderState(self, memory, source_mask)
+
+    def cross_weights(self, source: Tensor, target: Tensor, source_mask: Tensor) -> Tensor:
+        """The last layer's cross-attention weights, the mean of its heads: [B, T, S]."""
+        memory = self.encode(source, source_mask)
+        mask = source_mask[:, None, None]
+        x = self.target_embedding(target)
+        for layer in self.decoder[:-1]:
+            x = layer(x, memory, mask)
+        last = self.decoder[-1]
+        x = x + last.self_attention(last.self_norm(x), causal=True)
+        return last.cross_attention.weights(last.cross_norm(x), memory, mask).mean(1)
+
+
+class DecoderState:
+    """N hypotheses written in lockstep, a piece a step, with keys and values kept."""
+
+    def __init__(self, model: Transformer, memory: Tensor, source_mask: Tensor) -> None:
+        self.model = model
+        self.mask = source_mask[:, None, None]  # [N, 1, 1, S]
+        self.memories = [layer.cross_attention.project(memory) for layer in model.decoder]
+        self.caches = [KeyValueCache() for _ in model.decoder]
+        self.position = 0
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The newest piece of each hypothesis [N] -> logits of the next one [N, V]."""
+        x = self.model.target_embedding(tokens[:, None], start=self.position)
+        for layer, memory, cache in zip(
+            self.model.decoder, self.memories, self.caches, strict=True
+        ):
+            x = layer(x, memory, self.mask, cache=cache)
+        self.position += 1
+        return self.model.logits(self.model.decoder_norm(x))[:, 0]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with the given hypotheses [M], in that order; any may be repeated or left out."""
+        self.mask = self.mask.index_select(0, rows)
+        self.memories = [
+            (key.index_select(0, rows), value.index_select(0, rows)) for key, value in self.memories
+        ]
+        for cache in self.caches:
+            cache.reorder(rows)

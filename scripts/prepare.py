@@ -1,0 +1,21 @@
+"""Prepare a corpus without training: scripts/prepare.py [data=choice] [data.setting=value ...]."""
+
+import hydra
+from omegaconf import DictConfig
+
+from command import check_command_line, user_errors
+from mt.config import to_config
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+def main(node: DictConfig) -> None:
+    with user_errors():
+        config = to_config(node)
+        from mt.corpus import prepare  # only now: a mistyped setting is reported without the wait
+
+        prepare(config.data, config.tokenizer)
+
+
+if __name__ == "__main__":
+    check_command_line(primary="train")
+    main()

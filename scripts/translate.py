@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Translate text: one line in, one line out.
+
+python scripts/translate.py "And God said, Let there be light."
+cat in.txt | python scripts/translate.py > out.txt
+python scripts/translate.py -i in.txt -o out.txt -m runs/last -b 8
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from mt.translate import Translator
+
+CHUNK = 1 << 16  # bytes read at once, and so about how much text is sorted and held in memory
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `translate.py | head` ends quietly
+    options = parse()
+    try:
+        translator = load(options)
+        with read(options) as chunks, write(options.output) as out:
+            number = 0
+            for texts in chunks:
+                out.writelines(lines(translator, texts, number=number, options=options))
+                out.flush()
+                number += len(texts)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"translate.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description="Translate text: one line in, one line out; a blank line stays blank.",
+        epilog="Without texts and without --input, lines are read from standard input.",
+    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to translate")
+    parser.add_argument("-i", "--input", metavar="FILE", help="read lines from FILE")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write to FILE, once all is done")
+    parser.add_argument(
+        "-m",
+        "--model",
+        default="runs/last",
+        metavar="DIR",
+        help="a run (its best checkpoint) or a model directory (default: %(default)s)",
+    )
+    parser.add_argument("-b", "--beam-size", type=positive, metavar="K", help="1 is greedy search")
+    parser.add_argument(
+        "--n-best",
+        type=positive,
+        metavar="N",
+        help="the N best translations, as: number ||| text ||| score (numbers from 0)",
+    )
+    parser.add_argument(
+        "--scores", action="store_true", help="the score and a tab before each translation"
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="ALPHA",
+        help="score = sum of log probabilities / length^ALPHA",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=positive,
+        metavar="N",
+        help="source pieces times beam size searched at once: less memory, or more speed",
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    options = parser.parse_args()
+    if options.texts and options.input is not None:
+        parser.error("give texts or --input, not both")
+    return options
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def load(options: argparse.Namespace) -> "Translator":
+    """The model with the options that were given in place of its own."""
+    # Here, so that --help and mistyped options are answered at once.
+    from mt.config import Device
+    from mt.translate import Translator
+
+    translator = Translator.load(
+        options.model, device=Device(options.device), num_threads=options.threads
+    )
+    decode = translator.decode
+    beam_size = options.beam_size or decode.beam_size
+    alpha = options.length_penalty
+    translator.decode = dataclasses.replace(
+        decode,
+        beam_size=max(beam_size, options.n_best or 1),
+        length_penalty=decode.length_penalty if alpha is None else alpha,
+        batch_tokens=options.batch_tokens or decode.batch_tokens,
+    )
+    return translator
+
+
+def lines(
+    translator: "Translator", texts: list[str], *, number: int, options: argparse.Namespace
+) -> Iterator[bytes]:
+    """The output for texts, of which the first has the given number."""
+    translated = translator.translate(texts, n_best=options.n_best or 1)
+    for index, translations in enumerate(translated, start=number):
+        for translation in translations:
+            line = translation.text
+            if options.n_best is not None:
+                line = f"{index} ||| {line} ||| {translation.score:.4f}"
+            elif options.scores:
+                line = f"{translation.score:.4f}\t{line}"
+            yield f"{line}\n".encode()
+
+
+@contextlib.contextmanager
+def read(options: argparse.Namespace) -> Iterator[Iterable[list[str]]]:
+    """The texts to translate, as many at a time as there are at hand."""
+    if options.texts:
+        yield [options.texts]
+    elif options.input is not None:
+        with open(options.input, "rb") as file:
+            yield chunks_of_lines(file)
+    else:
+        if sys.stdin.isatty():
+            print("Type a line to translate; Ctrl-D ends.", file=sys.stderr)
+        yield chunks_of_lines(sys.stdin.buffer)
+
+
+def chunks_of_lines(file: BinaryIO) -> Iterator[list[str]]:
+    """Whatever whole lines a read brings; only newlines separate them.
+
+    From a terminal or another program that is a line as soon as it is there.
+    """
+    rest = b""
+    while chunk := file.read1(CHUNK):  # type: ignore[attr-defined]
+        *whole, rest = (rest + chunk).split(b"\n")
+        if whole:
+            yield [line.decode(errors="replace") for line in whole]
+    if rest:
+        yield [rest.decode(errors="replace")]
+
+
+@contextlib.contextmanager
+def write(output: str | None) -> Iterator[BinaryIO]:
+    """Where the lines go. A file gets its name only when it is whole."""
+    if output is None:
+        yield sys.stdout.buffer
+    elif Path(output).exists() and not Path(output).is_file():  # a device or a pipe
+        with open(output, "wb") as file:
+            yield file
+    else:
+        target = Path(output).resolve()  # of a link, the file that it points to
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with open(partial, "wb") as file:
+                yield file
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
