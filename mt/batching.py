@@ -3,10 +3,11 @@
 Shapes: B sentences, S source positions, T target positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -173,3 +174,22 @@ class PlannedBatch:
     indices: np.ndarray
     source_length: int
     target_length: int
+
+
+class Sequences:
+    """The ids of many sentences in one flat array."""
+
+    def __init__(self, lists: Iterable[pa.ListArray]) -> None:
+        """``lists`` are the chunks of an Arrow column of lists of int32."""
+        chunks = list(lists)
+        self.lengths = _joined([chunk.value_lengths().to_numpy() for chunk in chunks], np.int64)
+        self.values = _joined([chunk.flatten().to_numpy() for chunk in chunks], np.int32)
+        self.ends = np.cumsum(self.lengths)
+
+    def __getitem__(self, index: int) -> list[int]:
+        end = self.ends[index]
+        return self.values[end - self.lengths[index] : end].tolist()  # type: ignore[no-any-return]
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: type[np.integer]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)

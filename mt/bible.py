@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,7 +197,7 @@ VERSIONS = (
             ),
             *(
                 Rule("Latin letters in Cyrillic words", latin, cyrillic)
-                for latin, cyrillic in zip("oceiëaEBKMHTA", "осеіёаЕВКМНТА", strict=True)
+                for latin, cyrillic in zip("oceikëaEBCKMHTA", "осеікёаЕВСКМНТА", strict=True)
             ),
         ),
     ),
@@ -246,6 +247,7 @@ def version(language: str, key: str | None) -> Version:
     raise ValueError(f"data=bible has no version {key!r} in {language}; choose among {choice}")
 
 
+@cache
 def split_of(place: Place) -> str:
     """Which of "train", "valid" and "test" a verse belongs to, in every version.
 

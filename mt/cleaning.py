@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 def examine(split: Dataset, clean: CleanConfig, *, file: Path) -> Dataset:
     """Normalizes the text and adds the numbers that the rules look at; Arrow goes to ``file``."""
+    if len(split) == 0:  # map would not add the columns
+        return Dataset.from_dict({name: [] for name in _EXAMINED}, features=_EXAMINED)
     return split.map(
         _examine_batch,
         batched=True,
@@ -118,7 +120,8 @@ class Sieve:
         self.dropped: dict[str, dict[str, Any]] = {}
 
     def __getitem__(self, column: str) -> NDArray[Any]:
-        return np.asarray(self.split.with_format("numpy")[column][:])
+        kind = self.split.features[column].dtype  # given, because an empty column shows none
+        return np.asarray(self.split.with_format("numpy")[column][:], dtype=kind)
 
     def drop(self, rule: str, mask: NDArray[np.bool_]) -> None:
         """Takes out the pairs where ``mask`` is true, and keeps a few as examples."""

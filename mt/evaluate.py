@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
 from mt import corpus
@@ -54,13 +55,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     runtime = resolve(
         device=settings.device, precision=settings.precision, num_threads=settings.num_threads
     )
-    loaded = load_model(find_model(settings.model), device=runtime.device)
+    loaded = _load(settings.model, runtime)
     held_out = (
         _files(settings) if settings.source or settings.reference else _split(settings, loaded)
     )
     systems: dict[str, list[str]] = {}
     if settings.baseline is not None:
-        baseline = load_model(find_model(settings.baseline), device=runtime.device)
+        baseline = _load(settings.baseline, runtime)
         systems["baseline"], _ = _translate(Translator(baseline, runtime, config.decode), held_out)
     systems["model"], seconds = _translate(Translator(loaded, runtime, config.decode), held_out)
 
@@ -107,7 +108,8 @@ def score(
     result: dict[str, Any] = {"signatures": {}, "baseline": None}
     baseline: dict[str, Any] = {}
     for key, name in (("bleu", "BLEU"), ("chrf", "chrF2")):
-        first, last = scores[name][0], scores[name][-1]
+        results: Any = scores[name]
+        first, last = results[0], results[-1]
         result[key] = last.score
         result[f"{key}_interval"] = [float(last.mean - last.ci), float(last.mean + last.ci)]
         result["signatures"][key] = str(signatures[name])
@@ -134,10 +136,9 @@ def heldout_loss(model: Transformer, batches: Iterable[Batch], runtime: Runtime)
     total, num_tokens = 0.0, 0
     for batch in batches:
         batch = batch.to(runtime.device)
-        with runtime.autocast():
-            memory = model.encode(batch.source, batch.source_mask)
-            states = model.decode(batch.target_in, memory, batch.source_mask)
-            logits = model.logits(states[batch.target_mask])  # [num_tokens, V]
+        memory = model.encode(batch.source, batch.source_mask)
+        states = model.decode(batch.target_in, memory, batch.source_mask)
+        logits = model.logits(states[batch.target_mask])  # [num_tokens, V]
         total += float(cross_entropy(logits, batch.target_out[batch.target_mask], ignore=PAD))
         num_tokens += batch.num_tokens
     model.train(was_training)
@@ -159,9 +160,8 @@ def num_cut(
         batch = batch.to(runtime.device)
         log_ratios = None
         if model.length_head is not None:
-            with runtime.autocast():
-                memory = model.encode(batch.source, batch.source_mask)
-                log_ratios = model.log_length_ratio(memory, batch.source_mask)
+            memory = model.encode(batch.source, batch.source_mask)
+            log_ratios = model.log_length_ratio(memory, batch.source_mask)
         bounds = length_bounds(batch.source_mask.sum(1), log_ratios, max_length=max_length)
         count += int((batch.target_mask.sum(1) > bounds).sum())
     return count
@@ -198,6 +198,10 @@ def _translate(translator: Translator, held_out: HeldOut) -> tuple[list[str], fl
     start = time.perf_counter()
     texts = [best[0].text for best in translator.translate(held_out.sources)]
     return texts, time.perf_counter() - start
+
+
+def _load(path: str, runtime: Runtime) -> LoadedModel:
+    return load_model(find_model(path), device=runtime.device, dtype=runtime.dtype)
 
 
 def _split(settings: EvalConfig, loaded: LoadedModel) -> HeldOut:

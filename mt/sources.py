@@ -398,8 +398,12 @@ def _json_pairs(path: Path, config: DataConfig) -> Iterator[Pair]:
 def _dataset(pairs: Callable[[], Iterator[Pair]], *, cache: Path) -> Dataset:
     """The pairs as a dataset on disk, never in memory as a whole."""
 
+    num_rows = 0
+
     def rows() -> Iterator[dict[str, str]]:
+        nonlocal num_rows
         for source, target in pairs():
+            num_rows += 1
             yield {"source": source, "target": target}
 
     try:
@@ -413,3 +417,7 @@ def _dataset(pairs: Callable[[], Iterator[Pair]], *, cache: Path) -> Dataset:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         raise
+    except ValueError:
+        if num_rows:
+            raise
+        return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)

@@ -7,6 +7,7 @@ white space; U+2581, SentencePiece's own mark of a space, comes back as a space.
 
 import io
 import logging
+import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -73,7 +74,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each sequence of ids; PAD, BOS and EOS are left out."""
         special = (PAD, BOS, EOS)
-        return self._processor.decode([[i for i in row if i not in special] for row in ids])
+        rows = [[i for i in row if i not in special] for row in ids]
+        return self._processor.decode(rows) if rows else []
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The written form of each id, for plots and for other programs."""
@@ -89,11 +91,10 @@ def train_tokenizer(
     The same sentences, settings and seed give the same model. A vocabulary larger than the text
     has pieces for is lowered, which is logged; one too small for its characters is a ValueError.
     """
-    sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=iter(_sample(sentences, config.max_sentences, seed=seed)),
             model_writer=model,
             model_type=config.algorithm.value,
             vocab_size=config.vocab_size,
@@ -101,8 +102,6 @@ def train_tokenizer(
             character_coverage=config.character_coverage,
             byte_fallback=True,
             normalization_rule_name="identity",
-            input_sentence_size=config.max_sentences,
-            shuffle_input_sentence=True,
             num_threads=2,  # fixed: it shapes the sums, and so the result
             pad_id=PAD,
             bos_id=BOS,
@@ -126,3 +125,15 @@ def train_tokenizer(
             len(tokenizer),
         )
     return tokenizer
+
+
+def _sample(sentences: Iterable[str], size: int, *, seed: int) -> list[str]:
+    """At most ``size`` sentences, each with the same chance (reservoir sampling)."""
+    generator = random.Random(seed)
+    sample: list[str] = []
+    for number, sentence in enumerate(sentences):
+        if number < size:
+            sample.append(sentence)
+        elif (place := generator.randrange(number + 1)) < size:
+            sample[place] = sentence
+    return sample

@@ -61,7 +61,7 @@ class Translator:
         """``loaded.model`` is on ``runtime.device`` and in eval mode."""
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
-        self.runtime = runtime
+        self.device = runtime.device
         self.decode = decode
         # Pieces without the end of sentence. A single sentence is translated as it is up to
         # the longest source of the training; several in one line only up to a usual length,
@@ -86,7 +86,7 @@ class Translator:
         ``ValueError`` where there is no model.
         """
         runtime = resolve(device=device, precision=precision, num_threads=num_threads)
-        loaded = load_model(find_model(path), device=runtime.device)
+        loaded = load_model(find_model(path), device=runtime.device, dtype=runtime.dtype)
         return cls(loaded, runtime, decode or loaded.config.decode)
 
     def translate(self, texts: Sequence[str], *, n_best: int = 1) -> list[list[Translation]]:
@@ -152,22 +152,19 @@ class Translator:
 
     @torch.inference_mode()
     def _search_batch(self, sentences: list[list[int]], *, n_best: int) -> list[list[Hypothesis]]:
-        source = pad([[*ids, EOS] for ids in sentences]).to(self.runtime.device)  # [B, S]
+        source = pad([[*ids, EOS] for ids in sentences]).to(self.device)  # [B, S]
         mask = source != PAD
-        with self.runtime.autocast():
-            memory = self.model.encode(source, mask)
-            log_ratios = None
-            if self.model.length_head is not None:
-                log_ratios = self.model.log_length_ratio(memory, mask)
-            return beam_search(
-                self.model.start(memory, mask),
-                max_lengths=length_bounds(
-                    mask.sum(1), log_ratios, max_length=self.decode.max_length
-                ),
-                beam_size=self.decode.beam_size,
-                length_penalty=self.decode.length_penalty,
-                n_best=n_best,
-            )
+        memory = self.model.encode(source, mask)
+        log_ratios = None
+        if self.model.length_head is not None:
+            log_ratios = self.model.log_length_ratio(memory, mask)
+        return beam_search(
+            self.model.start(memory, mask),
+            max_lengths=length_bounds(mask.sum(1), log_ratios, max_length=self.decode.max_length),
+            beam_size=self.decode.beam_size,
+            length_penalty=self.decode.length_penalty,
+            n_best=n_best,
+        )
 
     def _join(self, parts: list[list[Hypothesis]]) -> list[Translation]:
         """One text's translations from those of its parts: the best together, and so on."""

@@ -24,15 +24,19 @@ LAYERS: dict[str, set[str]] = {
     "corpus": {"cleaning", "sources", "tokenizer"},
     "model": {"attention"},
     "checkpoint": {"model", "tokenizer"},
+    "runs": {"checkpoint"},
     "translate": {
         "batching", "checkpoint", "model", "runtime", "search", "tokenizer",
     },
     "evaluate": {
         "batching", "checkpoint", "corpus", "loss", "model", "runtime", "tokenizer", "translate",
     },
+    "trainer": {
+        "batching", "checkpoint", "corpus", "loss", "model", "optim", "runtime", "tokenizer",
+    },
     "train": {
         "attention", "batching", "checkpoint", "corpus", "evaluate", "loss", "model", "monitor",
-        "optim", "runtime", "search", "sources", "tokenizer", "translate",
+        "optim", "runs", "runtime", "search", "sources", "tokenizer", "trainer", "translate",
     },
 }  # fmt: skip
 

@@ -267,6 +267,15 @@ def test_n_best_is_sorted_also_for_split_lines(
     assert blank == [Translation("", 0.0)]
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_split_line_is_scored_as_one_hypothesis(tokenizer: Tokenizer, alpha: float) -> None:
+    translator = copier(tokenizer)
+    translator.decode = DecodeConfig(length_penalty=alpha)
+    # Log probabilities -2 over 4 pieces and -3 over 9, the end of sentence included.
+    parts = [[Hypothesis([5] * 3, -2 / 4**alpha)], [Hypothesis([5] * 8, -3 / 9**alpha)]]
+    assert translator._join(parts)[0].score == pytest.approx(-5 / 13**alpha)
+
+
 def test_more_hypotheses_than_the_beam_holds(
     tokenizer: Tokenizer, transformer: Transformer
 ) -> None:

@@ -1,0 +1,546 @@
+"""From a config to a trained, scored model: the whole of a training run."""
+
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from mt.batching import Batch, collate, length_batches
+from mt.checkpoint import (
+    TRAINER,
+    WEIGHTS,
+    LoadedModel,
+    average_weights,
+    load_tensors,
+    load_trainer_state,
+    point,
+    provenance,
+    save_checkpoint,
+    set_weights,
+)
+from mt.config import (
+    Config,
+    DecodeConfig,
+    Device,
+    EvalConfig,
+    EvaluateConfig,
+    FinalEval,
+    Metric,
+    Precision,
+    Split,
+)
+from mt.corpus import Corpus, prepare
+from mt.evaluate import evaluate, heldout_loss, quick_scores, table
+from mt.monitor import Monitor, Progress, Validation, clock, logged_to
+from mt.runs import Run, locked, open_run
+from mt.runtime import Runtime, describe_machine, resolve
+from mt.trainer import StepResult, Trainer
+from mt.translate import Translator
+
+log = logging.getLogger(__name__)
+
+NUM_SAMPLES = 5  # translations shown at each validation
+VALID_BATCH_TOKENS = 4096  # padded pieces a batch of the validation loss
+VALID_SHARE = 0.07  # of train.max_minutes: what validations and checkpoints take, about
+
+
+def train(config: Config) -> Path:
+    """Train a model, or go on with a training; score it; return its run directory.
+
+    Raises: ValueError for everything that the user can put right; SystemExit after Ctrl-C or
+    SIGTERM, when the checkpoint is written.
+    """
+    run = open_run(config)
+    with locked(run), logged_to(run.path / "train.log"):
+        log.info("run %s", run.path)
+        corpus = prepare(config.data, config.tokenizer)
+        runtime, max_steps = settle(run, config, corpus)
+        if run.is_finished:
+            log.info("it is finished already; train.resume=never starts another one")
+        else:
+            Training(config, run, corpus, runtime, max_steps=max_steps).complete()
+        if config.train.final_eval is not FinalEval.none:
+            score(config, run, runtime)
+        log.info(
+            '\nTranslate with it:\n  .venv/bin/python scripts/translate.py -m %s "..."', run.path
+        )
+    return run.path
+
+
+def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
+    """Resolve what is ``auto``, and the number of steps; once a run, saved before its first step.
+
+    Raises: ValueError when the corpus is not the one that the run began with.
+    """
+    saved = run.resolved()
+    if saved is not None:
+        if saved["corpus"] != corpus.fingerprint:
+            raise ValueError(
+                f"{run.path} began with other training text (its files have changed); "
+                "put the old text back, or use train.resume=never"
+            )
+        runtime = resolve(
+            device=Device(saved["device"]),
+            precision=Precision(saved["precision"]),
+            num_threads=saved["num_threads"],
+        )
+        return runtime, saved["max_steps"]
+    settings = config.train
+    runtime = resolve(
+        device=settings.device, precision=settings.precision, num_threads=settings.num_threads
+    )
+    log.info("device %s", runtime)
+    max_steps = count_steps(config, corpus, runtime)
+    run.write(
+        "resolved.json",
+        {
+            "device": runtime.device.type,
+            "precision": runtime.precision.value,
+            "num_threads": runtime.num_threads,
+            "max_steps": max_steps,
+            "corpus": corpus.fingerprint,
+        },
+    )
+    return runtime, max_steps
+
+
+def count_steps(config: Config, corpus: Corpus, runtime: Runtime) -> int:
+    """The steps that ``max_steps``, ``max_epochs`` and ``max_minutes`` allow.
+
+    For ``max_minutes`` a throwaway model takes some steps first, to see how long they last.
+    """
+    settings = config.train
+    trial = Trainer(config, corpus, runtime, max_steps=None)
+    if trial.order.num_too_long:
+        log.info(
+            "%d training pairs are longer than train.max_length=%d pieces; left out",
+            trial.order.num_too_long,
+            settings.max_length,
+        )
+    limits = [] if settings.max_steps is None else [settings.max_steps]
+    if settings.max_epochs is not None:
+        steps_an_epoch = len(trial.planned) / settings.accumulate
+        limits.append(math.ceil(settings.max_epochs * steps_an_epoch))
+    if settings.max_minutes is not None:
+        seconds = step_seconds(trial)
+        budget = settings.max_minutes * 60 * (1 - VALID_SHARE)
+        limits.append(max(1, int(budget / seconds)))
+        log.info(
+            "%.0f ms a step: train.max_minutes=%g allows %d steps",
+            1000 * seconds,
+            settings.max_minutes,
+            limits[-1],
+        )
+    return min(limits)
+
+
+def step_seconds(trial: Trainer, *, warm_up: float = 5.0, measured: float = 10.0) -> float:
+    """The mean duration of a step, after some that compile kernels and fill caches."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < warm_up:
+        trial.train_step()
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < measured or steps < 5:
+        trial.train_step()
+        steps += 1
+    return (time.perf_counter() - start) / steps
+
+
+def score(config: Config, run: Run, runtime: Runtime) -> None:
+    """Score the best checkpoint on held-out text, and show some of its translations."""
+    result = evaluate(
+        EvaluateConfig(
+            eval=EvalConfig(
+                model=str(run.path),
+                split=Split[config.train.final_eval.name],
+                device=Device(runtime.device.type),
+                num_threads=runtime.num_threads,
+            ),
+            decode=config.decode,
+        )
+    )
+    log.info("\n%s", table(result))
+    assert run.best is not None
+    texts = run.best / "eval" / config.train.final_eval.value
+    columns = [
+        texts.with_suffix(f".{kind}.txt").read_text(encoding="utf-8").split("\n")
+        for kind in ("source", "reference", "hypothesis")
+    ]
+    shown = sorted(range(len(columns[0]) - 1), key=lambda line: abs(len(columns[0][line]) - 80))[:3]
+    for line in shown:
+        log.info(
+            "\nsource      %s\nreference   %s\nhypothesis  %s", *(column[line] for column in columns)
+        )
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, to stop between two steps; a second one stops at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        log.info("stopping after this step; once more stops without saving")
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Training:
+    """The steps of one run, with its validations and checkpoints."""
+
+    def __init__(
+        self, config: Config, run: Run, corpus: Corpus, runtime: Runtime, *, max_steps: int
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.corpus = corpus
+        self.runtime = runtime
+        self.max_steps = max_steps
+        self.trainer = Trainer(config, corpus, runtime, max_steps=max_steps)
+        self.best_score = -math.inf
+        self.num_worse = 0  # validations since the best
+        self.num_skipped = 0  # non-finite steps in a row
+        self.seconds = 0.0  # of training, over all processes
+        self.valid_batches = valid_batches(corpus, max_length=config.train.max_length)
+        if run.last is not None:
+            self._restore(run.last)
+
+    def complete(self) -> None:
+        """Take the steps that are left, then average checkpoints if that is asked for."""
+        settings = self.config.train
+        trainer = self.trainer
+        num_weights = sum(parameter.numel() for parameter in trainer.parameters)
+        log.info(
+            "%s weights, vocabulary %d, %d training pairs, %d steps, %.1f %% padding",
+            f"{num_weights:,}",
+            len(self.corpus.tokenizer),
+            len(trainer.order.indices),
+            self.max_steps,
+            100 * trainer.order.padding_share(trainer.planned),
+        )
+        if trainer.step:
+            log.info("going on from step %d", trainer.step)
+        monitor = Monitor(self.run.path, first_step=trainer.step, max_steps=self.max_steps)
+        results: list[StepResult] = []
+        begin = start = time.perf_counter()
+        stopped_early = self._should_stop()
+        with stop_requests() as requests:
+            while trainer.step < self.max_steps and not stopped_early:
+                result = self._step()
+                results.append(result)
+                last = trainer.step == self.max_steps
+                if last or trainer.step % settings.log_every == 0:
+                    monitor.progress(self._summary(results, seconds=time.perf_counter() - start))
+                    results, start = [], time.perf_counter()
+                validates = last or trainer.step % settings.validate_every == 0
+                if validates or requests or trainer.step % settings.save_every == 0:
+                    paused = time.perf_counter()
+                    self.seconds += paused - begin
+                    scores = self._validate(monitor) if validates else None
+                    self._save(scores)
+                    begin = time.perf_counter()
+                    start += begin - paused
+                    stopped_early = self._should_stop()
+                if requests and not last:
+                    monitor.close()
+                    log.info(
+                        "stopped at step %d; the same command goes on from there", trainer.step
+                    )
+                    raise SystemExit(128 + requests[0])
+        if settings.average:
+            self._average(monitor)
+        monitor.close()
+        if stopped_early:
+            log.info("no better validation for %d times: stopped early", self.num_worse)
+        log.info("trained for %s; best checkpoint %s", clock(self.seconds), self.run.best)
+        self.run.write("finished.json", {"step": trainer.step, "seconds": self.seconds})
+
+    # One step
+
+    def _step(self) -> StepResult:
+        try:
+            result = self.trainer.train_step()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            planned = self.trainer.planned[self.trainer.position - 1]
+            raise ValueError(
+                f"out of memory on a batch of {len(planned.indices)} sentences, source length "
+                f"{planned.source_length}, target length {planned.target_length}. Lower "
+                f"train.batch_tokens (now {self.config.train.batch_tokens}) and raise "
+                "train.accumulate by the same factor, or lower train.max_length"
+            ) from error
+        overflow_is_normal = self.runtime.precision is Precision.fp16
+        self.num_skipped = self.num_skipped + 1 if result.skipped else 0
+        if result.skipped and not overflow_is_normal:
+            self._report_skipped(result)
+        return result
+
+    def _report_skipped(self, result: StepResult) -> None:
+        """Write down what made the loss or a gradient non-finite; give up after a few in a row."""
+        indices = [int(index) for batch in result.batches for index in batch.indices]
+        rows = self.corpus.train[indices]
+        name = f"nonfinite-{self.trainer.step:08d}.json"
+        self.run.write(
+            name,
+            {
+                "step": self.trainer.step,
+                "loss": str(float(result.loss)),
+                "gradient_norm": str(result.gradient_norm),
+                "learning_rate": result.learning_rate,
+                "weight_norms": {
+                    key: str(float(tensor.norm())) for key, tensor in self.trainer.weights().items()
+                },
+                "sentences": [
+                    {"number": index, "source": source, "target": target}
+                    for index, source, target in zip(
+                        indices, rows["source"], rows["target"], strict=True
+                    )
+                ],
+            },
+        )
+        log.warning(
+            "step %d: the loss or a gradient is not finite; step skipped, its sentences are in %s",
+            self.trainer.step,
+            self.run.path / name,
+        )
+        if self.num_skipped >= self.config.train.max_skipped:
+            raise ValueError(
+                f"{self.num_skipped} non-finite steps in a row, the last in {self.run.path / name}."
+                " Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
+            )
+
+    def _summary(self, results: list[StepResult], *, seconds: float) -> Progress:
+        """The steps since the last summary; the one place where the host waits for losses."""
+        num_tokens = sum(result.num_tokens for result in results)
+        losses = [float(result.loss) for result in results if not result.skipped]
+        kept_tokens = sum(result.num_tokens for result in results if not result.skipped)
+        length_losses = [float(result.length_loss) for result in results if not result.skipped]
+        sentences = sum(result.num_sentences for result in results if not result.skipped)
+        return Progress(
+            step=self.trainer.step,
+            loss=sum(losses) / kept_tokens if kept_tokens else math.nan,
+            length_loss=sum(length_losses) / sentences if sentences else math.nan,
+            gradient_norm=results[-1].gradient_norm,
+            learning_rate=results[-1].learning_rate,
+            tokens_per_second=num_tokens / seconds,
+            padding_share=sum(result.num_padding for result in results)
+            / sum(result.num_positions for result in results),
+            epoch=self.trainer.epochs,
+        )
+
+    # Validation
+
+    def _validate(self, monitor: Monitor) -> Validation:
+        settings = self.config.train
+        start = time.perf_counter()
+        model = self.trainer.model_to_use()
+        exact = fp32(self.runtime)
+        loss = heldout_loss(model, self.valid_batches, exact)
+        bleu = chrf = None
+        samples: list[tuple[str, str, str]] = []
+        if settings.valid_sentences:
+            rows = self.corpus.valid[valid_sample(self.corpus, settings.valid_sentences)]
+            greedy = DecodeConfig(
+                beam_size=1,
+                length_penalty=self.config.decode.length_penalty,
+                max_length=self.config.decode.max_length,
+                batch_tokens=self.config.decode.batch_tokens,
+            )
+            loaded = LoadedModel(
+                path=self.run.path,
+                model=model,
+                tokenizer=self.corpus.tokenizer,
+                config=self.config,
+                info=self._info(None),
+            )
+            translated = Translator(loaded, exact, greedy).translate(rows["source"])
+            hypotheses = [best[0].text for best in translated]
+            bleu, chrf = quick_scores(
+                hypotheses, rows["target"], target_lang=self.config.data.target_lang
+            )
+            triples = zip(rows["source"], rows["target"], hypotheses, strict=True)
+            samples = list(triples)[:NUM_SAMPLES]
+            self._show_attention(monitor, rows)
+        scores = Validation(
+            step=self.trainer.step,
+            loss=loss,
+            bleu=bleu,
+            chrf=chrf,
+            seconds=time.perf_counter() - start,
+        )
+        monitor.validation(scores, samples=samples)
+        return scores
+
+    @torch.inference_mode()
+    def _show_attention(self, monitor: Monitor, rows: dict[str, list[Any]]) -> None:
+        """The cross-attention of the sample's first pair that fits into a picture."""
+        for source, target in zip(rows["source_ids"], rows["target_ids"], strict=True):
+            if len(source) <= 40 and len(target) <= 40:
+                batch = collate([source], [target]).to(self.runtime.device)
+                weights = self.trainer.model_to_use().cross_weights(
+                    batch.source, batch.target_in, batch.source_mask
+                )
+                pieces = self.corpus.tokenizer.pieces
+                monitor.attention(
+                    weights[0],
+                    source=pieces(batch.source[0].tolist()),
+                    target=pieces(batch.target_out[0].tolist()),
+                    step=self.trainer.step,
+                )
+                return
+
+    def _should_stop(self) -> bool:
+        patience = self.config.train.patience
+        return patience is not None and self.num_worse >= patience
+
+    # Checkpoints
+
+    def _save(self, scores: Validation | None) -> None:
+        """Write a checkpoint; point ``best`` and ``last`` to it; delete what is not kept."""
+        path = self.run.checkpoint(self.trainer.step)
+        is_best = scores is not None and self._is_best(scores)
+        state = self.trainer.state()
+        state.values.update(
+            best_score=self.best_score,
+            num_worse=self.num_worse,
+            num_skipped=self.num_skipped,
+            seconds=self.seconds,
+        )
+        save_checkpoint(
+            path,
+            weights=self.trainer.weights(),
+            tokenizer=self.corpus.tokenizer,
+            config=self.config,
+            info=self._info(scores),
+            trainer=state,
+        )
+        if is_best:
+            point(self.run.path / "best", path)
+        point(self.run.path / "last", path)
+        self._prune()
+
+    def _is_best(self, scores: Validation) -> bool:
+        value = {Metric.loss: -scores.loss, Metric.bleu: scores.bleu, Metric.chrf: scores.chrf}[
+            self.config.train.metric
+        ]
+        assert value is not None
+        if value > self.best_score:
+            self.best_score, self.num_worse = value, 0
+            return True
+        self.num_worse += 1
+        return False
+
+    def _info(self, scores: Validation | None) -> dict[str, Any]:
+        data = self.config.data
+        lengths = self.trainer.sources.lengths
+        return {
+            "step": self.trainer.step,
+            "epochs": round(self.trainer.epochs, 3),
+            "seconds": round(self.seconds, 1),
+            "valid_loss": scores.loss if scores else None,
+            "valid_bleu": scores.bleu if scores else None,
+            "valid_chrf": scores.chrf if scores else None,
+            "source_lang": data.source_lang,
+            "target_lang": data.target_lang,
+            "corpus": str(self.corpus.path),
+            "corpus_fingerprint": self.corpus.fingerprint,
+            "num_leaked": self.corpus.num_leaked,
+            "long_source": int(np.quantile(lengths, 0.99)) + 1,
+            "device": str(self.runtime),
+            "machine": describe_machine(),
+            **provenance(),
+        }
+
+    def _numbered(self) -> list[Path]:
+        """The numbered checkpoints, oldest first."""
+        return sorted(self.run.checkpoints.glob("step-*"))
+
+    def _prune(self) -> None:
+        numbered = self._numbered()
+        for path in numbered[:-1]:
+            shutil.rmtree(path / TRAINER, ignore_errors=True)
+        for path in numbered[: -self.config.train.keep]:
+            if path != self.run.best:
+                gone = path.rename(path.with_name(f".{path.name}.old"))
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _restore(self, path: Path) -> None:
+        state = load_trainer_state(path)
+        self.trainer.restore(state, weights=load_tensors(path / WEIGHTS), origin=path)
+        self.best_score = state.values["best_score"]
+        self.num_worse = state.values["num_worse"]
+        self.num_skipped = state.values["num_skipped"]
+        self.seconds = state.values["seconds"]
+
+    def _average(self, monitor: Monitor) -> None:
+        """Average the last checkpoints; the result is the best one if it validates best."""
+        paths = self._numbered()[-self.config.train.average :]
+        log.info("averaging %s", ", ".join(path.name for path in paths))
+        weights = average_weights(paths)
+        self.trainer.average = None
+        set_weights(self.trainer.model, weights, origin=paths[-1])
+        scores = self._validate(monitor)
+        path = self.run.checkpoints / "averaged"
+        is_best = self._is_best(scores)
+        save_checkpoint(
+            path,
+            weights=weights,
+            tokenizer=self.corpus.tokenizer,
+            config=self.config,
+            info=self._info(scores),
+        )
+        if is_best:
+            point(self.run.path / "best", path)
+
+
+def valid_batches(corpus: Corpus, *, max_length: int) -> list[Batch]:
+    """The validation split in batches, but for pairs longer than those of the training."""
+    rows = corpus.valid[:]
+    pairs = [
+        pair
+        for pair in zip(rows["source_ids"], rows["target_ids"], strict=True)
+        if max(map(len, pair)) < max_length
+    ]
+    if not pairs:
+        raise ValueError(f"no validation pair has at most train.max_length={max_length} pieces")
+    lengths = [max(map(len, pair)) + 1 for pair in pairs]
+    return [
+        collate([pairs[index][0] for index in indices], [pairs[index][1] for index in indices])
+        for indices in length_batches(lengths, max_tokens=VALID_BATCH_TOKENS)
+    ]
+
+
+def valid_sample(corpus: Corpus, num_sentences: int) -> list[int]:
+    """Sentence numbers spread evenly over the validation split, always the same."""
+    total = len(corpus.valid)
+    number = min(num_sentences, total)
+    return [int(index) for index in np.linspace(0, total - 1, number).round()]
+
+
+def fp32(runtime: Runtime) -> Runtime:
+    """The same device in full precision."""
+    return Runtime(
+        device=runtime.device, precision=Precision.fp32, num_threads=runtime.num_threads
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
