@@ -5,13 +5,16 @@ Shapes: B sentences, S source positions, T target positions.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mt.tokenizer import BOS, EOS, PAD
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,8 @@ class BatchOrder:
 
     def __init__(
         self,
-        source_lengths: Sequence[int],
-        target_lengths: Sequence[int],
+        source_lengths: Sequence[int] | np.ndarray,
+        target_lengths: Sequence[int] | np.ndarray,
         *,
         max_tokens: int,
         max_length: int,
@@ -179,7 +182,7 @@ class PlannedBatch:
 class Sequences:
     """The ids of many sentences in one flat array."""
 
-    def __init__(self, lists: Iterable[pa.ListArray]) -> None:
+    def __init__(self, lists: "Iterable[pa.ListArray]") -> None:
         """``lists`` are the chunks of an Arrow column of lists of int32."""
         chunks = list(lists)
         self.lengths = _joined([chunk.value_lengths().to_numpy() for chunk in chunks], np.int64)
@@ -188,7 +191,7 @@ class Sequences:
 
     def __getitem__(self, index: int) -> list[int]:
         end = self.ends[index]
-        return self.values[end - self.lengths[index] : end].tolist()  # type: ignore[no-any-return]
+        return self.values[end - self.lengths[index] : end].tolist()
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type[np.integer]) -> np.ndarray:

@@ -21,7 +21,7 @@ def cross_entropy(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, ign
     """
     logits, target = logits.flatten(0, -2), target.flatten()
     if logits.device.type == "cpu" and logits.requires_grad:
-        return _CrossEntropy.apply(logits, target, smoothing, ignore)  # type: ignore[no-any-return]
+        return _CrossEntropy.apply(logits, target, smoothing, ignore)
     return F.cross_entropy(
         logits.float(), target, ignore_index=ignore, label_smoothing=smoothing, reduction="sum"
     )
@@ -53,7 +53,7 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.where(keep, loss, 0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_loss.to(grad.dtype), None, None, None
 

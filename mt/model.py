@@ -5,6 +5,8 @@ Masks are boolean, True = may attend (True = a real piece, False = padding).
 """
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,10 +112,15 @@ class DecoderLayer(nn.Module):
         """x [B, T, D] -> [B, T, D]; memory [B, S, D] or its keys and values; mask [B, 1, 1, S].
 
         Without a cache x is a whole sentence, whose positions see only what is to their left.
+        With one, x is [B * K, 1, D], the newest position of K hypotheses a sentence: in the
+        cross-attention they are K positions of their sentence, and its keys need no copies.
         """
         normed = self.self_norm(x)
         x = x + self.dropout(self.self_attention(normed, causal=cache is None, cache=cache))
-        x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory, memory_mask))
+        num_sentences = len(memory[0]) if isinstance(memory, tuple) else len(memory)
+        queries = self.cross_norm(x).view(num_sentences, -1, x.size(-1))
+        attended = self.cross_attention(queries, memory, memory_mask)
+        x = x + self.dropout(attended.view_as(x))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -170,6 +177,11 @@ class Transformer(nn.Module):
                         module.outer.weight.data.div_(math.sqrt(2 * len(stack)))
 
     @property
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
+        """The decoder's layers, first to last."""
+        return cast(Sequence[DecoderLayer], self.decoder)
+
+    @property
     def output_table(self) -> Tensor:
         """[V, D]: the target embeddings are the output map, too."""
         return self.target_embedding.table.weight
@@ -212,20 +224,24 @@ class Transformer(nn.Module):
         memory = self.encode(source, source_mask)
         mask = source_mask[:, None, None]
         x = self.target_embedding(target)
-        for layer in self.decoder[:-1]:
+        *others, last = self.decoder_layers
+        for layer in others:
             x = layer(x, memory, mask)
-        last = self.decoder[-1]
         x = x + last.self_attention(last.self_norm(x), causal=True)
         return last.cross_attention.weights(last.cross_norm(x), memory, mask).mean(1)
 
 
 class DecoderState:
-    """N hypotheses written in lockstep, a piece a step, with keys and values kept."""
+    """Hypotheses written in lockstep, a piece a step, with keys and values kept.
+
+    There are N = B * K of them: K for each of B sentences, those of a sentence side by side.
+    """
 
     def __init__(self, model: Transformer, memory: Tensor, source_mask: Tensor) -> None:
         self.model = model
-        self.mask = source_mask[:, None, None]  # [N, 1, 1, S]
-        self.memories = [layer.cross_attention.project(memory) for layer in model.decoder]
+        self.mask = source_mask[:, None, None]  # [B, 1, 1, S]
+        self.memories = [layer.cross_attention.project(memory) for layer in model.decoder_layers]
+        self.owners = torch.arange(len(memory), device=memory.device)  # [N] row -> sentence
         self.caches = [KeyValueCache() for _ in model.decoder]
         self.position = 0
 
@@ -240,10 +256,17 @@ class DecoderState:
         return self.model.logits(self.model.decoder_norm(x))[:, 0]
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on with the given hypotheses [M], in that order; any may be repeated or left out."""
-        self.mask = self.mask.index_select(0, rows)
-        self.memories = [
-            (key.index_select(0, rows), value.index_select(0, rows)) for key, value in self.memories
-        ]
+        """Go on with the given hypotheses [M], in that order; any may be repeated or left out.
+
+        Those of a sentence must stay side by side, and be equally many for each that is left.
+        """
         for cache in self.caches:
             cache.reorder(rows)
+        kept, owners, counts = self.owners[rows].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        assert (counts == counts[0]).all()
+        if len(kept) < len(self.mask):
+            self.mask = self.mask[kept]
+            self.memories = [(key[kept], value[kept]) for key, value in self.memories]
+        self.owners = owners

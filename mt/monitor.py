@@ -104,19 +104,18 @@ class Monitor:
         done = step - self.first_step
         return (time.monotonic() - self.start) / max(1, done) * (self.max_steps - step)
 
-    def validation(
-        self, scores: Validation, *, samples: Sequence[tuple[str, str, str]]
-    ) -> None:
+    def validation(self, scores: Validation, *, samples: Sequence[tuple[str, str, str]]) -> None:
         """Show scores and sample translations (source, reference, hypothesis)."""
         log.info("%s", scores)
         self.board.add_scalar("valid/loss", scores.loss, scores.step)
         if scores.bleu is not None and scores.chrf is not None:
             self.board.add_scalar("valid/bleu", scores.bleu, scores.step)
             self.board.add_scalar("valid/chrf", scores.chrf, scores.step)
-        text = "\n\n".join(
-            f"**source** {source}\n\n**reference** {reference}\n\n**hypothesis** {hypothesis}\n\n---"
+        paragraphs = [
+            f"**source** {source}\n\n**reference** {reference}\n\n**hypothesis** {hypothesis}"
             for source, reference, hypothesis in samples
-        )
+        ]
+        text = "\n\n---\n\n".join(paragraphs)
         self.board.add_text("valid/samples", text, scores.step)
 
     def attention(

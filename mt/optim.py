@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
     model the many small products would otherwise cost more than the steps saved. A map that
     makes several things at once (queries, keys and values) is three times as high as wide; its
     square blocks are orthogonalized apart.
-    The update is scaled to the size of an AdamW update (Liu et al. 2025, 0.2 · √max(rows, columns)).
+    The update is scaled to the size of AdamW's: 0.2 · √max(rows, columns) (Liu et al. 2025).
     """
 
     def __init__(

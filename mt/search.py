@@ -114,25 +114,20 @@ def beam_search(
 
 
 def _extend(live: Live, logits: Tensor, *, beam_size: int, length: int) -> Extensions:
-    """Rank what can follow the live hypotheses; ``length`` counts the piece that follows.
-
-    Probabilities are normalized over the whole vocabulary, but only for the few best logits.
-    """
+    """Rank what can follow the live hypotheses; ``length`` counts the piece that follows."""
     num_sentences, width = live.scores.shape
-    logits = logits.float()
-    log_normalizer = logits.logsumexp(dim=-1, keepdim=True)  # [B * W, 1]
-    if not log_normalizer.isfinite().all():
+    log_probs = logits.float().log_softmax(-1)  # [B * W, V]
+    if not log_probs[:, EOS].isfinite().all():
         raise ValueError(
             "the model's output is not finite (NaN or infinity): its weights are damaged, or the "
             "precision is too low; try another checkpoint, or precision fp32"
         )
-    row_scores = live.scores.view(-1, 1) - log_normalizer  # [B * W, 1]
-    end_scores = (row_scores[:, 0] + logits[:, EOS]).view(num_sentences, width)
+    end_scores = live.scores + log_probs[:, EOS].view(num_sentences, width)
 
-    pieces = logits[:, FIRST_PIECE:]
+    pieces = log_probs[:, FIRST_PIECE:]
     num_candidates = min(beam_size, pieces.shape[1])
     best, ids = pieces.topk(num_candidates, dim=-1)  # [B * W, C]
-    best = (best + row_scores).view(num_sentences, -1)  # [B, W * C]
+    best = (best + live.scores.view(-1, 1)).view(num_sentences, -1)  # [B, W * C]
     ids = (ids + FIRST_PIECE).view(num_sentences, -1)
     if best.shape[1] < beam_size:  # a vocabulary smaller than the beam
         missing = (0, beam_size - best.shape[1])

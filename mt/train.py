@@ -177,9 +177,8 @@ def score(config: Config, run: Run, runtime: Runtime) -> None:
     ]
     shown = sorted(range(len(columns[0]) - 1), key=lambda line: abs(len(columns[0][line]) - 80))[:3]
     for line in shown:
-        log.info(
-            "\nsource      %s\nreference   %s\nhypothesis  %s", *(column[line] for column in columns)
-        )
+        source, reference, hypothesis = (column[line] for column in columns)
+        log.info("\nsource      %s\nreference   %s\nhypothesis  %s", source, reference, hypothesis)
 
 
 @contextmanager
@@ -536,9 +535,7 @@ def valid_sample(corpus: Corpus, num_sentences: int) -> list[int]:
 
 def fp32(runtime: Runtime) -> Runtime:
     """The same device in full precision."""
-    return Runtime(
-        device=runtime.device, precision=Precision.fp32, num_threads=runtime.num_threads
-    )
+    return Runtime(device=runtime.device, precision=Precision.fp32, num_threads=runtime.num_threads)
 
 
 def is_out_of_memory(error: Exception) -> bool:

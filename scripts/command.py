@@ -20,16 +20,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from mt.config import (
-    CONFIGS,
-    SCHEMAS,
-    ConfigError,
-    accepts,
-    compose,
-    enum_of,
-    expected,
-    setting_types,
-)
+from mt.compose import CONFIGS, SCHEMAS, ConfigError, compose
+from mt.config import accepts, enum_of, expected, setting_types
 
 EXPERIMENT = "experiment"  # the one group without a schema of its own: it may change anything
 

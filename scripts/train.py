@@ -4,7 +4,7 @@ import hydra
 from omegaconf import DictConfig
 
 from command import check_command_line, user_errors
-from mt.config import to_config
+from mt.compose import to_config
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 
 from command import check_overrides
+from mt.compose import CONFIGS, RANGES, SCHEMAS, ConfigError, check, compose
 from mt.config import (
-    CONFIGS,
-    RANGES,
-    SCHEMAS,
     Config,
-    ConfigError,
     Device,
     EvaluateConfig,
     FinalEval,
@@ -25,8 +22,6 @@ from mt.config import (
     Optimizer,
     Origin,
     Precision,
-    check,
-    compose,
     config_hash,
     differences,
     load_config,
@@ -73,7 +68,7 @@ def test_every_shipped_choice_composes(group: str, choice: str) -> None:
 def test_every_group_refuses_a_mistyped_key_and_a_wrong_type_in_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mt.config.CONFIGS", tmp_path)
+    monkeypatch.setattr("mt.compose.CONFIGS", tmp_path)
     for schema, text in (("train", "wrong_name: 1"), ("evaluate", "beam_size: many")):
         (tmp_path / "decode").mkdir(exist_ok=True)
         (tmp_path / "decode" / "beam.yaml").write_text(f"defaults: [schema]\n{text}\n")
@@ -415,7 +410,10 @@ def test_the_hash_follows_what_a_run_computes_and_nothing_else() -> None:
 
 
 def test_the_hash_is_the_same_in_another_process() -> None:
-    code = "from mt.config import compose, config_hash; print(config_hash(compose([])))"
+    code = (
+        "from mt.compose import compose; from mt.config import config_hash; "
+        "print(config_hash(compose([])))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == config_hash(compose([]))
 
