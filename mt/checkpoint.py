@@ -74,7 +74,9 @@ def save_checkpoint(
     save_tensors(weights, partial / WEIGHTS)
     tokenizer.save(partial / TOKENIZER)
     save_config(config, partial / CONFIG)
-    (partial / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    (partial / INFO).write_text(
+        json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     if trainer is not None:
         (partial / TRAINER).mkdir()
         save_tensors(trainer.tensors, partial / TRAINER / "state.safetensors")

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Value
 from numpy.typing import NDArray
 
 from mt.config import CleanConfig, DataConfig
+from mt.tokenizer import normalize
 
 SPLITS = ("train", "valid", "test")
 NUM_EXAMPLES = 3  # pairs shown for each rule
@@ -60,8 +61,8 @@ def _examine_batch(batch: dict[str, list[str]], *, nfc: bool, control: bool) -> 
     rows: dict[str, list[Any]] = {name: [] for name in _EXAMINED}
     for pair in zip(batch["source"], batch["target"], strict=True):
         raw = [text or "" for text in pair]
-        composed = [unicodedata.normalize("NFC", text) for text in raw] if nfc else raw
-        source, target = clear = [_plain_space(t) for t in composed] if control else composed
+        composed = [normalize(text, nfc=nfc, control=False) for text in raw]
+        source, target = clear = [normalize(text, nfc=False, control=control) for text in composed]
         rows["source"].append(source)
         rows["target"].append(target)
         rows["nfc"].append(composed != raw)
@@ -73,14 +74,6 @@ def _examine_batch(batch: dict[str, list[str]], *, nfc: bool, control: bool) -> 
         rows["pair_key"].append(_digest(f"{source}\n{target}"))
         rows["identical"].append(source == target)
     return rows
-
-
-def _plain_space(text: str) -> str:
-    """Control characters become spaces, runs of white space one space, the ends are cut."""
-    return " ".join(_CONTROL.sub(" ", text).split())
-
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ufeff]")
 
 
 def leak_key(text: str) -> str:

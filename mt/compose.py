@@ -27,10 +27,14 @@ from mt.config import (
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SCHEMAS: dict[str, type] = {"train": Config, "evaluate": EvaluateConfig}  # by file in configs/
 
+# The folders of configs/ whose files fill one part of a config each.
+GROUPS: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(Config)}
+GROUPS["eval"] = EvalConfig
+
 for _primary, _schema in SCHEMAS.items():
     ConfigStore.instance().store(name=f"{_primary}_schema", node=_schema)
-    for _group in dataclasses.fields(_schema):
-        ConfigStore.instance().store(group=_group.name, name="schema", node=_group.type)
+for _group, _part in GROUPS.items():
+    ConfigStore.instance().store(group=_group, name="schema", node=_part)
 
 
 class ConfigError(ValueError):
@@ -132,7 +136,7 @@ def check(config: Config | EvaluateConfig) -> list[str]:
 
 
 def _train_rules(config: Config) -> dict[str, bool]:
-    data, model, train, optim = config.data, config.model, config.train, config.optim
+    data, model, train = config.data, config.model, config.train
     rules = {
         f"data.{side}_lang={language}: must be a language code such as en "
         '(in a YAML file, write "no" with quotes)': not re.fullmatch(r"[\w-]+", language)
@@ -148,7 +152,7 @@ def _train_rules(config: Config) -> dict[str, bool]:
     return rules | {
         "train.run_name=last: this name always points to the newest run": train.run_name == "last",
         f"data.source_lang and data.target_lang are both {data.source_lang}": (
-            data.source_lang == data.target_lang
+            data.source_lang == data.target_lang and data.origin is not Origin.bible
         ),
         "data.repository: a Hub corpus needs its repository (owner/name)": (
             data.origin is Origin.hub and data.repository is None
@@ -163,13 +167,6 @@ def _train_rules(config: Config) -> dict[str, bool]:
         f"model.dim={model.dim}: must be even": model.dim % 2 == 1,
         f"model.dim={model.dim}: must be divisible by model.num_heads={model.num_heads}": (
             model.num_heads > 0 and model.dim % model.num_heads != 0
-        ),
-        "train.max_steps, train.max_epochs, train.max_minutes: give at least one of them": (
-            train.max_steps is None and train.max_epochs is None and train.max_minutes is None
-        ),
-        f"optim.warmup_steps={optim.warmup_steps}: must be below train.max_steps="
-        f"{train.max_steps}": (
-            train.max_steps is not None and optim.warmup_steps >= train.max_steps
         ),
         f"train.average={train.average}: only train.keep={train.keep} checkpoints are kept": (
             train.average > train.keep

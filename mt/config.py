@@ -196,7 +196,7 @@ class OptimConfig:
     eps: float = 1e-9
     weight_decay: float = 0.0  # on matrices only
     schedule: Schedule = Schedule.linear
-    warmup_steps: int = 400
+    warmup_steps: int = 400  # at most a quarter of all steps
     final_lr_ratio: float = 0.0  # of the peak, at the last step (cosine, linear)
     clip_norm: float | None = 1.0  # largest gradient norm; null: no clipping
 
@@ -205,13 +205,13 @@ class OptimConfig:
 class TrainConfig:
     """How long, on what, and what is kept."""
 
-    # budget: the first one reached ends the training
+    # budget: the first one reached ends the training; none given: 6,000 steps
     max_steps: int | None = None
     max_epochs: float | None = None
     max_minutes: float | None = None  # turned into a step count before the first step
 
     seed: int = 1
-    batch_tokens: int = 1024  # target tokens a batch, padding included
+    batch_tokens: int = 1024  # pieces a batch, on the longer of both sides, padding included
     accumulate: int = 1  # batches an optimizer step
     max_length: int = 256  # longer training sentences (in pieces) are left out and counted
     label_smoothing: float = 0.1
@@ -249,6 +249,25 @@ class DecodeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DecodeOverrides:
+    """Search options in place of the model's own; null: the model's."""
+
+    beam_size: int | None = None
+    length_penalty: float | None = None
+    max_length: int | None = None
+    batch_tokens: int | None = None
+
+    def over(self, own: DecodeConfig) -> DecodeConfig:
+        """The model's own options, but for those given here."""
+        given = {
+            item.name: value
+            for item in dataclasses.fields(self)
+            if (value := getattr(self, item.name)) is not None
+        }
+        return dataclasses.replace(own, **given)
+
+
+@dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """What to score."""
 
@@ -279,7 +298,7 @@ class EvaluateConfig:
     """All of an evaluation."""
 
     eval: EvalConfig = field(default_factory=EvalConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    decode: DecodeOverrides = field(default_factory=DecodeOverrides)
 
 
 # ---- names, types and values of settings -------------------------------------------------------
@@ -347,7 +366,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a config that ``save_config`` wrote.
+    """Read a config that ``save_config`` wrote; a setting that is newer than it has its default.
 
     Raises ValueError, which says all that is wrong with the file.
     """
@@ -360,7 +379,7 @@ def load_config(path: str | Path) -> Config:
     types, values = setting_types(Config), _flatten(OmegaConf.to_container(saved))
     node = OmegaConf.structured(Config)
     problems = [f"{name} is unknown" for name in values if name not in types]
-    problems += [f"{name} is missing" for name in types if name not in values]
+    problems += [f"{name} is missing" for name in OmegaConf.missing_keys(node) - values.keys()]
     problems += [
         f"{name}={values[name]}: expected {expected(kind)}"
         for name, kind in types.items()

@@ -50,7 +50,8 @@ class Corpus:
     valid: Dataset
     test: Dataset
     tokenizer: Tokenizer
-    num_leaked: int  # held-out sentences that training text repeated, before the leak guard
+    num_leaked: dict[str, int]  # of valid and test: sentences that the training text repeated,
+    # before the leak guard
     fingerprint: str
     report: dict[str, Any]
 
@@ -82,12 +83,9 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, root: Path = Path("
     return _open(path)
 
 
-def open_corpus(path: str | Path) -> Corpus:
-    """A corpus prepared before; ValueError where there is none, or a damaged one."""
-    path = Path(path)
-    if not _is_whole(path):
-        raise ValueError(f"there is no whole prepared corpus in {path}; prepare it again")
-    return _open(path)
+def find(path: str | Path) -> Corpus | None:
+    """A corpus that was prepared before; None where there is none, or a damaged one."""
+    return _open(Path(path)) if _is_whole(Path(path)) else None
 
 
 def _open(path: Path) -> Corpus:
@@ -99,7 +97,7 @@ def _open(path: Path) -> Corpus:
         valid=valid,
         test=test,
         tokenizer=Tokenizer.load(path / "tokenizer.model"),
-        num_leaked=sum(report["leaked"].values()),
+        num_leaked=report["leaked"],
         fingerprint=report["fingerprint"],
         report=report,
     )

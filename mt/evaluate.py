@@ -24,13 +24,11 @@ from mt.loss import cross_entropy
 from mt.model import Transformer
 from mt.runtime import Runtime, resolve
 from mt.tokenizer import PAD, normalize
-from mt.translate import Translator, length_bounds
+from mt.translate import Translator, length_bounds, primary_language, writes_spaces
 
 NUM_RESAMPLES = 1000  # of the bootstrap
-BATCH_TOKENS = 8192  # target pieces a batch of the held-out loss
+BATCH_TOKENS = 4096  # padded pieces a side, a batch of the held-out loss
 
-# sacreBLEU's default separates words at spaces; these languages write none.
-_WORDS = {"zh": "zh", "ja": "char", "th": "char", "km": "char", "lo": "char", "my": "char"}
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +60,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     systems: dict[str, list[str]] = {}
     if settings.baseline is not None:
         baseline = _load(settings.baseline, runtime)
-        systems["baseline"], _ = _translate(Translator(baseline, runtime, config.decode), held_out)
-    systems["model"], seconds = _translate(Translator(loaded, runtime, config.decode), held_out)
+        _same_languages(baseline, loaded)
+        search = config.decode.over(baseline.config.decode)
+        systems["baseline"], _ = _translate(Translator(baseline, runtime, search), held_out)
+    decode = config.decode.over(loaded.config.decode)
+    systems["model"], seconds = _translate(Translator(loaded, runtime, decode), held_out)
 
-    batches = _batches(loaded, held_out)
+    pairs = list(
+        zip(
+            loaded.tokenizer.encode(held_out.sources),
+            loaded.tokenizer.encode(held_out.references),
+            strict=True,
+        )
+    )
+    batches = loss_batches(pairs, max_length=loaded.config.train.max_length)
     loss = heldout_loss(loaded.model, batches, runtime)
     result = {
         "model": str(loaded.path),
@@ -76,9 +84,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **score(systems, held_out.references, target_lang=loaded.config.data.target_lang),
         "loss": loss,
         "perplexity": perplexity(loss),
-        "num_cut": num_cut(loaded.model, batches, runtime, max_length=config.decode.max_length),
+        "num_pairs_with_loss": sum(len(batch.source) for batch in batches),
+        "num_cut": num_cut(loaded.model, pairs, runtime, max_length=decode.max_length),
         "seconds": seconds,
-        "decode": dataclasses.asdict(config.decode),
+        "decode": dataclasses.asdict(decode),
         "device": str(runtime.device),
         "precision": runtime.precision.value,
     }
@@ -142,21 +151,42 @@ def heldout_loss(model: Transformer, batches: Iterable[Batch], runtime: Runtime)
         total += float(cross_entropy(logits, batch.target_out[batch.target_mask], ignore=PAD))
         num_tokens += batch.num_tokens
     model.train(was_training)
-    return total / max(1, num_tokens)
+    return total / num_tokens if num_tokens else math.nan
+
+
+def loss_batches(
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]], *, max_length: int
+) -> list[Batch]:
+    """Pairs of ids as batches for the loss, but for those longer than any in training."""
+    kept = [pair for pair in pairs if max(map(len, pair)) < max_length]
+    lengths = [max(map(len, pair)) + 1 for pair in kept]  # with EOS
+    return [
+        collate([kept[index][0] for index in batch], [kept[index][1] for index in batch])
+        for batch in length_batches(lengths, max_tokens=BATCH_TOKENS)
+    ]
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinity where that is too large."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss), at most 10^300."""
+    return math.exp(min(loss, 690.0))
 
 
 @torch.inference_mode()
 def num_cut(
-    model: Transformer, batches: Iterable[Batch], runtime: Runtime, *, max_length: int
+    model: Transformer,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    runtime: Runtime,
+    *,
+    max_length: int,
 ) -> int:
-    """How many references the search could not have written, being longer than its bound."""
+    """How many references the search could not have written, being longer than its bound.
+
+    ``pairs`` are ids of sources and references, of any length.
+    """
     count = 0
-    for batch in batches:
+    lengths = [len(source) + 1 for source, _ in pairs]  # with EOS
+    for indices in length_batches(lengths, max_tokens=BATCH_TOKENS):
+        batch = collate([pairs[i][0] for i in indices], [pairs[i][1] for i in indices])
         batch = batch.to(runtime.device)
         log_ratios = None
         if model.length_head is not None:
@@ -172,8 +202,8 @@ def table(result: dict[str, Any]) -> str:
     leaked = "unknown" if result["num_leaked"] is None else result["num_leaked"]
     rows = [
         f"model  {result['model']}, step {result['step']}",
-        f"text   {result['text']}, {result['num_sentences']} sentences, {result['seconds']:.1f} s, "
-        f"held-out sentences found in the training text before cleaning: {leaked}",
+        f"text   {result['text']}, {result['num_sentences']} sentences, translated in "
+        f"{result['seconds']:.1f} s; {leaked} of them stood in the training text before cleaning",
     ]
     baseline = result["baseline"]
     for key, name in (("bleu", "BLEU"), ("chrf", "chrF")):
@@ -184,12 +214,18 @@ def table(result: dict[str, Any]) -> str:
         rows.append(row)
     if baseline is not None:
         rows.append(f"baseline  {baseline['model']}")
-    rows.append(f"loss   {result['loss']:.3f}, perplexity {result['perplexity']:.2f}")
+    rows.append(
+        f"loss   {result['loss']:.3f}, perplexity {result['perplexity']:.2f}; "
+        f"{result['num_cut']} references are longer than the search may write"
+    )
     return "\n".join(rows)
 
 
 def _bleu(target_lang: str) -> BLEU:
-    return BLEU(tokenize=_WORDS.get(target_lang, "13a"))
+    """sacreBLEU's default separates words at spaces; where none are written, characters count."""
+    if primary_language(target_lang) == "zh":
+        return BLEU(tokenize="zh")
+    return BLEU(tokenize="13a" if writes_spaces(target_lang) else "char")
 
 
 def _translate(translator: Translator, held_out: HeldOut) -> tuple[list[str], float]:
@@ -204,23 +240,40 @@ def _load(path: str, runtime: Runtime) -> LoadedModel:
     return load_model(find_model(path), device=runtime.device, dtype=runtime.dtype)
 
 
-def _split(settings: EvalConfig, loaded: LoadedModel) -> HeldOut:
-    """The held-out part of the corpus that the model was trained on."""
-    try:
-        prepared = corpus.prepare(loaded.config.data, loaded.config.tokenizer)
-    except ValueError as error:
+def _same_languages(baseline: LoadedModel, loaded: LoadedModel) -> None:
+    pairs = [
+        (model.config.data.source_lang, model.config.data.target_lang)
+        for model in (baseline, loaded)
+    ]
+    if pairs[0] != pairs[1]:
         raise ValueError(
-            f"cannot open the corpus of {loaded.path}: {error}\n"
-            "Other text can be scored with eval.source=FILE eval.reference=FILE"
-        ) from error
+            f"{baseline.path} translates {'-'.join(pairs[0])}, {loaded.path} "
+            f"{'-'.join(pairs[1])}; a baseline must translate the same languages"
+        )
+
+
+def _split(settings: EvalConfig, loaded: LoadedModel) -> HeldOut:
+    """The held-out part of the corpus that the model was trained on, and of no other."""
+    other = "Other text can be scored with eval.source=FILE eval.reference=FILE"
+    prepared = corpus.find(loaded.info["corpus"])
+    if prepared is None:
+        try:
+            prepared = corpus.prepare(loaded.config.data, loaded.config.tokenizer)
+        except ValueError as error:
+            raise ValueError(
+                f"cannot open the corpus of {loaded.path}: {error}\n{other}"
+            ) from error
+    if prepared.fingerprint != loaded.info["corpus_fingerprint"]:
+        raise ValueError(
+            f"the corpus of {loaded.path} has changed since the training, so that its held-out "
+            f"text may have been trained on; put the old files back. {other}"
+        )
     split = getattr(prepared, settings.split.value)
-    if not len(split):
-        raise ValueError(f"the corpus {loaded.config.data.name} has no {settings.split.value} text")
     return HeldOut(
         name=settings.split.value,
         sources=list(split["source"]),
         references=list(split["target"]),
-        num_leaked=loaded.info["num_leaked"],
+        num_leaked=loaded.info["num_leaked"][settings.split.value],
     )
 
 
@@ -253,25 +306,6 @@ def _lines(path: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: not UTF-8; convert the file first") from error
     return texts
-
-
-def _batches(loaded: LoadedModel, held_out: HeldOut) -> list[Batch]:
-    """The pairs as batches, but for those longer than any in training."""
-    longest = loaded.config.train.max_length
-    pairs = [
-        (source, target)
-        for source, target in zip(
-            loaded.tokenizer.encode(held_out.sources),
-            loaded.tokenizer.encode(held_out.references),
-            strict=True,
-        )
-        if max(len(source), len(target)) < longest
-    ]
-    lengths = [max(len(source), len(target)) + 1 for source, target in pairs]
-    return [
-        collate([pairs[index][0] for index in batch], [pairs[index][1] for index in batch])
-        for batch in length_batches(lengths, max_tokens=BATCH_TOKENS)
-    ]
 
 
 def _write(folder: Path, held_out: HeldOut, hypotheses: list[str], result: dict[str, Any]) -> None:

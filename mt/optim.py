@@ -13,10 +13,10 @@ from mt.config import OptimConfig, Optimizer, Schedule
 def learning_rate_scale(step: int, config: OptimConfig, *, max_steps: int) -> float:
     """The learning rate of a step (from 0), as a share of its peak.
 
-    It rises linearly over the warm-up, then falls with 1/√step, a half cosine or a line; the last
-    two reach ``final_lr_ratio`` at ``max_steps``.
+    It rises linearly over the warm-up (at most a quarter of all steps), then falls with 1/√step,
+    a half cosine or a line; the last two reach ``final_lr_ratio`` at ``max_steps``.
     """
-    warmup = config.warmup_steps
+    warmup = min(config.warmup_steps, max_steps // 4)
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule is Schedule.inverse_sqrt:
@@ -37,14 +37,14 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     """
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
-    inner: list[Tensor] = []
+    inner: dict[str, Tensor] = {}
     if config.algorithm is Optimizer.muon:
-        inner = [
-            parameter
+        inner = {
+            name: parameter
             for name, parameter in model.named_parameters()
             if parameter.ndim == 2 and name.startswith(("encoder.", "decoder."))
-        ]
-        chosen = {id(parameter) for parameter in inner}
+        }
+        chosen = {id(parameter) for parameter in inner.values()}
         matrices = [p for p in matrices if id(p) not in chosen]
     adamw = torch.optim.AdamW(
         [
@@ -58,7 +58,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if inner:
-        optimizers.append(Muon(inner, lr=config.muon_lr, weight_decay=config.weight_decay))
+        by_parts: dict[int, list[Tensor]] = {}
+        for name, parameter in inner.items():
+            num_parts = {"qkv": 3, "key_value": 2}.get(name.split(".")[-2], 1)
+            by_parts.setdefault(num_parts, []).append(parameter)
+        groups = [
+            {"params": parameters, "num_parts": num_parts}
+            for num_parts, parameters in by_parts.items()
+        ]
+        optimizers.append(Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -77,22 +85,33 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are orthogonalized together, as a batch: at the sizes of a translation
     model the many small products would otherwise cost more than the steps saved. A map that
-    makes several things at once (queries, keys and values) is three times as high as wide; its
-    square blocks are orthogonalized apart.
+    makes several things at once (queries, keys and values) has so many ``num_parts``, which are
+    orthogonalized apart.
     The update is scaled to the size of AdamW's: 0.2 · √max(rows, columns) (Liu et al. 2025).
     """
 
     def __init__(
-        self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "num_parts": 1,
+        }
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
         assert closure is None
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -103,22 +122,18 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(average, group["momentum"])  # Nesterov's
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                for part, part_update in zip(blocks(parameter), blocks(update), strict=True):
-                    by_shape.setdefault(part.shape, []).append((part, part_update))
-            for shape, pairs in by_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in pairs]))
-                scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(
-                    [parameter for parameter, _ in pairs], list(updates.unbind()), alpha=scale
+                parts = zip(
+                    parameter.chunk(group["num_parts"]),
+                    update.chunk(group["num_parts"]),
+                    strict=True,
                 )
-
-
-def blocks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """The square blocks of a map with two or three times as many rows as columns, else itself."""
-    rows, columns = matrix.shape
-    if rows in (2 * columns, 3 * columns):
-        return matrix.split(columns)
-    return (matrix,)
+                for part, part_update in parts:
+                    by_shape.setdefault(part.shape, []).append((part, part_update, group["lr"]))
+        for shape, entries in by_shape.items():
+            updates = orthogonalize(torch.stack([update for _, update, _ in entries]))
+            size = 0.2 * math.sqrt(max(shape))
+            for (part, _, rate), update in zip(entries, updates, strict=True):
+                part.add_(update, alpha=-rate * size)
 
 
 def orthogonalize(matrices: Tensor, *, num_iterations: int = 5) -> Tensor:

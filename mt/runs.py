@@ -61,7 +61,7 @@ class Run:
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
         partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, self.path / name)
 
 

@@ -52,11 +52,17 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a ``tokenizer.model`` file; ValueError when it is missing or is not one."""
         try:
-            tokenizer = cls(Path(path).read_bytes())
+            model = Path(path).read_bytes()
         except FileNotFoundError:
             raise ValueError(f"there is no tokenizer at {path}") from None
+        except OSError as error:
+            raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        try:
+            tokenizer = cls(model)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model; it may be damaged") from error
+        if len(tokenizer) == 0:  # an empty file is a model without pieces
+            raise ValueError(f"{path} is empty; it may be damaged")
         return tokenizer
 
     def save(self, path: str | Path) -> None:

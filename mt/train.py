@@ -164,8 +164,7 @@ def score(config: Config, run: Run, runtime: Runtime) -> None:
                 split=Split[config.train.final_eval.name],
                 device=Device(runtime.device.type),
                 num_threads=runtime.num_threads,
-            ),
-            decode=config.decode,
+            )
         )
     )
     log.info("\n%s", table(result))
@@ -248,7 +247,7 @@ class Training:
                     monitor.progress(self._summary(results, seconds=time.perf_counter() - start))
                     results, start = [], time.perf_counter()
                 validates = last or trainer.step % settings.validate_every == 0
-                if validates or requests or trainer.step % settings.save_every == 0:
+                if validates or requests or self._is_planned(trainer.step):
                     paused = time.perf_counter()
                     self.seconds += paused - begin
                     scores = self._validate(monitor) if validates else None
@@ -467,18 +466,35 @@ class Training:
             **provenance(),
         }
 
-    def _numbered(self) -> list[Path]:
-        """The numbered checkpoints, oldest first."""
-        return sorted(self.run.checkpoints.glob("step-*"))
+    def _is_planned(self, step: int) -> bool:
+        """Whether a step has a checkpoint in every run; others come from being stopped."""
+        settings = self.config.train
+        return (
+            step % settings.save_every == 0
+            or step % settings.validate_every == 0
+            or step == self.max_steps
+        )
+
+    def _planned(self) -> list[Path]:
+        """The planned checkpoints up to now, oldest first."""
+        steps = range(1, self.trainer.step + 1)
+        paths = [self.run.checkpoint(step) for step in steps if self._is_planned(step)]
+        return [path for path in paths if path.exists()]
 
     def _prune(self) -> None:
-        numbered = self._numbered()
-        for path in numbered[:-1]:
-            shutil.rmtree(path / TRAINER, ignore_errors=True)
-        for path in numbered[: -self.config.train.keep]:
-            if path != self.run.best:
+        """Delete what is not kept: so, too, what a killed or stopped process left beside it."""
+        last = self.run.last
+        kept = {
+            last,
+            self.run.best,
+            *(p.resolve() for p in self._planned()[-self.config.train.keep :]),
+        }
+        for path in self.run.checkpoints.glob("step-*"):
+            if path.resolve() not in kept:
                 gone = path.rename(path.with_name(f".{path.name}.old"))
                 shutil.rmtree(gone, ignore_errors=True)
+            elif path.resolve() != last:
+                shutil.rmtree(path / TRAINER, ignore_errors=True)
 
     def _restore(self, path: Path) -> None:
         state = load_trainer_state(path)
@@ -490,7 +506,7 @@ class Training:
 
     def _average(self, monitor: Monitor) -> None:
         """Average the last checkpoints; the result is the best one if it validates best."""
-        paths = self._numbered()[-self.config.train.average :]
+        paths = self._planned()[-self.config.train.average :]
         log.info("averaging %s", ", ".join(path.name for path in paths))
         weights = average_weights(paths)
         self.trainer.average = None

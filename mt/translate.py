@@ -16,7 +16,7 @@ from mt.runtime import Runtime, resolve
 from mt.search import Hypothesis, beam_search
 from mt.tokenizer import EOS, PAD, normalize
 
-UNSPACED = {"bo", "ja", "km", "lo", "my", "th", "zh"}  # languages written without spaces
+_UNSPACED = {"bo", "ja", "km", "lo", "my", "th", "zh"}  # languages written without spaces
 
 # Where a normalized text may be cut, the best places first: at the end of each match. The full
 # stops of most scripts need a space after them, those of Chinese and Japanese do not.
@@ -30,6 +30,16 @@ _CUTS = [
     re.compile(rf"(?:(?<={_CLAUSE})|(?<={_CLAUSE}{_QUOTE})) |[、，；：]+[」』）】〉》”’]* ?"),
     re.compile(" "),
 ]
+
+
+def primary_language(code: str) -> str:
+    """zh of zh_TW, zh-Hans and zh."""
+    return re.split("[-_]", code)[0].lower()
+
+
+def writes_spaces(code: str) -> bool:
+    """Whether a language separates its words by spaces."""
+    return primary_language(code) not in _UNSPACED
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,8 @@ class Translator:
         self.max_source = max(1, loaded.config.train.max_length - 1)
         usual = loaded.info.get("long_source") or loaded.config.train.max_length // 2
         self.usual_source = max(1, min(int(usual) - 1, self.max_source))
-        self.separator = "" if loaded.config.data.target_lang in UNSPACED else " "
+        self.separator = " " if writes_spaces(loaded.config.data.target_lang) else ""
+        self.nfc = loaded.config.data.clean.nfc
 
     @classmethod
     def load(
@@ -100,7 +111,7 @@ class Translator:
 
     def _parts(self, text: str) -> list[list[int]]:
         """The ids of what is translated at a time: the whole text, or its parts if it is long."""
-        text = normalize(text)
+        text = normalize(text, nfc=self.nfc)
         if not text:
             return []
         (ids,) = self.tokenizer.encode([text])

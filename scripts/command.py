@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from mt.compose import CONFIGS, SCHEMAS, ConfigError, compose
+from mt.compose import CONFIGS, GROUPS, SCHEMAS, ConfigError, compose
 from mt.config import accepts, enum_of, expected, setting_types
 
 EXPERIMENT = "experiment"  # the one group without a schema of its own: it may change anything
@@ -157,7 +157,8 @@ def _values(override: Override) -> list[Any]:
 
 
 def _groups(primary: str) -> list[str]:
-    own = [group.name for group in dataclasses.fields(SCHEMAS[primary])]
+    parts = dataclasses.fields(SCHEMAS[primary])
+    own = [part.name for part in parts if GROUPS.get(part.name) is part.type]
     return [*own, EXPERIMENT] if primary == "train" else own
 
 

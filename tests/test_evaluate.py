@@ -1,5 +1,6 @@
 """Scores, significance, the held-out loss, and the files that an evaluation leaves."""
 
+import dataclasses
 import json
 import math
 import random
@@ -13,7 +14,16 @@ from tiny import SOURCES, TARGETS, files_config, save_tiny_model
 from mt import corpus
 from mt.batching import collate
 from mt.checkpoint import load_model
-from mt.config import Device, EvalConfig, EvaluateConfig, ModelConfig, Precision, Split
+from mt.config import (
+    DecodeOverrides,
+    Device,
+    EvalConfig,
+    EvaluateConfig,
+    ModelConfig,
+    Precision,
+    Split,
+    load_config,
+)
 from mt.evaluate import evaluate, heldout_loss, num_cut, perplexity, quick_scores, score, table
 from mt.model import Transformer
 from mt.runtime import Runtime, resolve
@@ -106,25 +116,27 @@ def test_heldout_loss_is_the_mean_over_target_pieces(
 def test_perplexity() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(2.0) == pytest.approx(math.exp(2))
-    assert perplexity(1e6) == math.inf
+    assert math.isfinite(perplexity(1e6))  # JSON has no infinity
 
 
 def test_num_cut_counts_the_references_beyond_the_bound(
     transformer: Transformer, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = collate([[5] * 9, [5] * 9, [5] * 9], [[5] * 24, [5] * 25, [5] * 60])  # + EOS each
+    pairs = [([5] * 9, [5] * length) for length in (24, 25, 60)]  # + EOS each
     monkeypatch.setattr(transformer, "log_length_ratio", lambda memory, mask: torch.zeros(3))
-    assert num_cut(transformer, [batch], runtime, max_length=256) == 2  # bound 1.5 * 10 + 10
-    assert num_cut(transformer, [batch], runtime, max_length=20) == 3
+    assert num_cut(transformer, pairs, runtime, max_length=256) == 2  # bound 1.5 * 10 + 10
+    assert num_cut(transformer, pairs, runtime, max_length=20) == 3
     monkeypatch.setattr(transformer, "length_head", None)
-    assert num_cut(transformer, [batch], runtime, max_length=256) == 0
+    assert num_cut(transformer, pairs, runtime, max_length=256) == 0
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny untrained model, in a folder where its corpus can be prepared."""
     monkeypatch.chdir(tmp_path)
-    return save_tiny_model(tmp_path / "model", files_config(tmp_path), num_leaked=7)
+    config = files_config(tmp_path)
+    fingerprint = corpus.prepare(config.data, config.tokenizer).fingerprint
+    return save_tiny_model(tmp_path / "model", config, num_leaked=7, fingerprint=fingerprint)
 
 
 def config(model: Path, **settings: object) -> EvaluateConfig:
@@ -157,7 +169,7 @@ def test_a_split_is_scored_and_written(model: Path, split: Split) -> None:
     hypotheses = lines(folder / f"{split.value}.hypothesis.txt")
     assert written["num_sentences"] == len(hypotheses) == len(references) > 0
     assert quick_scores(hypotheses, references)[1] == pytest.approx(written["chrf"])
-    assert written["num_leaked"] == 7
+    assert written["num_leaked"] == {"valid": 0, "test": 7}[split.value]
     assert len(list(folder.iterdir())) == 4  # no partial files stay behind
 
 
@@ -174,9 +186,13 @@ def test_own_files_are_scored(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_baseline_is_compared(model: Path, tmp_path: Path) -> None:
-    other = save_tiny_model(tmp_path / "other", files_config(tmp_path), num_leaked=7, seed=2)
+    settings = files_config(tmp_path)
+    fingerprint = corpus.prepare(settings.data, settings.tokenizer).fingerprint
+    other = save_tiny_model(
+        tmp_path / "other", settings, num_leaked=7, seed=2, fingerprint=fingerprint
+    )
     result = evaluate(config(model, baseline=str(other)))
-    alone = evaluate(config(other))
+    alone = evaluate(config(other, split=Split.test))
     assert result["baseline"]["chrf"] == pytest.approx(alone["chrf"])
     assert 0 < result["baseline"]["chrf_p_value"] <= 1
     assert str(other) in table(result)
@@ -185,7 +201,7 @@ def test_a_baseline_is_compared(model: Path, tmp_path: Path) -> None:
 def test_the_table_shows_scores_signatures_and_leaks(model: Path) -> None:
     result = evaluate(config(model))
     shown = table(result)
-    for expected in (f"{result['bleu']:.2f}", f"{result['chrf']:.2f}", "tok:13a", "cleaning: 7"):
+    for expected in (f"{result['bleu']:.2f}", f"{result['chrf']:.2f}", "tok:13a", "7 of them"):
         assert expected in shown
 
 
@@ -206,6 +222,38 @@ def test_unusable_files(
         (tmp_path / "out.txt").write_bytes(reference)
     with pytest.raises(ValueError, match=message):
         evaluate(config(model, source="in.txt", reference="out.txt"))
+
+
+def test_held_out_text_of_another_corpus_is_refused(model: Path, tmp_path: Path) -> None:
+    with (tmp_path / "train.en").open("a") as file:
+        file.write("one more\n")
+    with (tmp_path / "train.de").open("a") as file:
+        file.write("noch eins\n")
+    with pytest.raises(ValueError, match="changed since the training"):
+        evaluate(config(model))
+
+
+def test_a_baseline_of_other_languages_is_refused(model: Path, tmp_path: Path) -> None:
+    settings = files_config(tmp_path)
+    settings.data.source_lang, settings.data.target_lang = "de", "en"
+    other = save_tiny_model(tmp_path / "other", settings, num_leaked=0)
+    with pytest.raises(ValueError, match="same languages"):
+        evaluate(config(model, baseline=str(other)))
+
+
+def test_the_model_searches_as_in_its_training_unless_told(model: Path) -> None:
+    settings = config(model)
+    settings.decode = DecodeOverrides(max_length=7)
+    own = load_config(model / "config.yaml").decode
+    assert evaluate(settings)["decode"] == {**dataclasses.asdict(own), "max_length": 7}
+
+
+@pytest.mark.parametrize(
+    ("language", "tokenizer"), [("zh_TW", "zh"), ("ja", "char"), ("de-AT", "13a")]
+)
+def test_words_are_counted_as_the_language_writes_them(language: str, tokenizer: str) -> None:
+    result = score({"model": ["a b"]}, ["a b"], target_lang=language)
+    assert f"tok:{tokenizer}|" in result["signatures"]["bleu"]
 
 
 def test_one_file_is_not_enough(model: Path) -> None:

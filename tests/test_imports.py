@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "search": {"tokenizer"},  # the special ids
     "batching": {"tokenizer"},  # the special ids
     "sources": {"bible"},
-    "cleaning": set(),
+    "cleaning": {"tokenizer"},
     "corpus": {"cleaning", "sources", "tokenizer"},
     "model": {"attention"},
     "checkpoint": {"model", "tokenizer"},

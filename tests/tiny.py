@@ -41,14 +41,23 @@ def files_config(folder: Path) -> Config:
     return config
 
 
-def save_tiny_model(folder: Path, config: Config, *, num_leaked: int, seed: int = 1) -> Path:
+def save_tiny_model(
+    folder: Path, config: Config, *, num_leaked: int, seed: int = 1, fingerprint: str = "unknown"
+) -> Path:
     """An untrained model as a model directory; its outputs differ from sentence to sentence."""
     tokenizer = train_tokenizer([*SOURCES, *TARGETS], config.tokenizer, seed=1)
     torch.manual_seed(seed)
     model = Transformer(config.model, vocab_size=len(tokenizer))
     for parameter in model.parameters():
         parameter.data.mul_(2.0)  # untrained weights would only repeat the last piece
-    info = {"step": 1, "num_leaked": num_leaked, "source_lang": "en", "target_lang": "de"}
+    info = {
+        "step": 1,
+        "num_leaked": {"valid": 0, "test": num_leaked},
+        "source_lang": "en",
+        "target_lang": "de",
+        "corpus": str(folder / "no corpus"),
+        "corpus_fingerprint": fingerprint,
+    }
     save_checkpoint(
         folder, weights=unique_weights(model), tokenizer=tokenizer, config=config, info=info
     )
