@@ -81,10 +81,10 @@ def save_checkpoint(
         (partial / TRAINER).mkdir()
         save_tensors(trainer.tensors, partial / TRAINER / "state.safetensors")
         (partial / TRAINER / "state.json").write_text(json.dumps(trainer.values))
-    for file in partial.rglob("*"):
-        if file.is_file():
-            _to_disk(file)
+    for file in [*partial.rglob("*"), partial]:
+        _to_disk(file)
     replace_directory(partial, path)
+    _to_disk(path.parent)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -147,6 +147,8 @@ def find_model(path: str | Path) -> Path:
     Raises: ValueError that says what to do.
     """
     path = Path(path)
+    if (path / "best").is_symlink() and not (path / "best").exists():
+        raise ValueError(f"{path / 'best'} points to a checkpoint that is gone; name another one")
     for folder in (path, path / "best", path / "last"):
         if (folder / WEIGHTS).is_file():
             return folder.resolve()
@@ -211,7 +213,7 @@ def _git_revision() -> str | None:
 
 def point(link: Path, target: Path) -> None:
     """Make ``link`` a relative symbolic link to ``target``, replacing an older one in one go."""
-    partial = link.with_name(f".{link.name}.partial")
+    partial = link.with_name(f".{link.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)
     partial.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
     os.replace(partial, link)
@@ -240,6 +242,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _to_disk(file: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

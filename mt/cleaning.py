@@ -234,4 +234,13 @@ def table(report: dict[str, Any]) -> str:
     lines.append(["leaked before", "", report["leaked"]["valid"], report["leaked"]["test"]])
     rows = [f"{row[0]:<26}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in lines]
     rows += [f"repaired: {rule}: {count}" for rule, count in report["repairs"].items() if count]
+    for rule, dropped in splits["train"]["dropped"].items():
+        rows += [
+            f"dropped, for example: {rule}: {_short(source)} ||| {_short(target)}"
+            for source, target in dropped["examples"][:1]
+        ]
     return "\n".join([*rows, f"vocabulary: {report['vocab_size']}"])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

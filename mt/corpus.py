@@ -28,7 +28,7 @@ from datasets import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mt import sources
 from mt.cleaning import SPLITS, Sieve, clean_heldout, clean_training, cut, examine, guard, table
@@ -65,7 +65,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, root: Path = Path("
     name = f"{data.name}-{data.source_lang}-{data.target_lang}-{fingerprint}"
     path = root / "prepared" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{name}.lock"):  # a second process waits, then finds it done
+    with _alone(path):  # a second process waits, then finds it done
         if path.exists() and not _is_whole(path):
             log.warning("%s is damaged; preparing it again", path)
             shutil.rmtree(path)
@@ -101,6 +101,21 @@ def _open(path: Path) -> Corpus:
         fingerprint=report["fingerprint"],
         report=report,
     )
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps other processes from preparing the same."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.warning("another process is preparing %s; waiting for it", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

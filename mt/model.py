@@ -31,17 +31,19 @@ class Embedding(nn.Module):
         self.table = table
         self.scale = math.sqrt(table.embedding_dim)
         self.dropout = Dropout(dropout)
-        positions = sinusoids(1026, table.embedding_dim)
-        self.register_buffer("positions", positions, persistent=False)
-        self.positions: Tensor
+        # No buffer: a copy of the model in bf16 would round it, too.
+        self.positions = sinusoids(1026, table.embedding_dim)
 
     def forward(self, ids: Tensor, *, start: int = 0) -> Tensor:
         """ids [B, T], the first of them at position ``start`` -> [B, T, D]."""
         end = start + ids.size(1)
         if end > self.positions.size(0):
-            longer = sinusoids(2 * end, self.table.embedding_dim)
-            self.positions = longer.to(self.positions)
-        return self.dropout(self.table(ids) * self.scale + self.positions[start:end])
+            self.positions = sinusoids(2 * end, self.table.embedding_dim)
+        if self.positions.device != ids.device:
+            self.positions = self.positions.to(ids.device)
+        pieces = self.table(ids)
+        placed = pieces * self.scale + self.positions[start:end]
+        return self.dropout(placed.to(pieces.dtype))
 
 
 class FeedForward(nn.Module):

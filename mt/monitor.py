@@ -176,6 +176,11 @@ def logged_to(file: Path) -> Iterator[None]:
         root.addHandler(handler)
     try:
         yield
+    except Exception as error:  # whoever called shows it; the file has it, too
+        lasting.handle(
+            root.makeRecord("mt", logging.ERROR, __file__, 0, "%s", (error,), sys.exc_info())
+        )
+        raise
     finally:
         root.propagate = before
         root.setLevel(level)

@@ -7,7 +7,7 @@
     runs/<name>/checkpoints/step-...     model directories
     runs/<name>/best, last               links to two of them
     runs/<name>/tensorboard/, train.log
-    runs/last                            a link to the newest run
+    runs/last                            a link to the run with the newest checkpoint
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mt.checkpoint import find_model, point
+from mt.checkpoint import find_model
 from mt.config import Config, Resume, config_hash, differences, load_config, save_config
 
 
@@ -56,7 +56,7 @@ class Run:
     def resolved(self) -> dict[str, Any] | None:
         """What was resolved before the first step, None before that."""
         file = self.path / "resolved.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -88,10 +88,9 @@ def open_run(config: Config) -> Run:
             )
     else:
         run.path.mkdir(parents=True, exist_ok=True)
-        partial = run.path / ".config.yaml.partial"
+        partial = run.path / f".config.yaml.{os.getpid()}"
         save_config(config, partial)
         os.replace(partial, saved)
-    point(folder / "last", run.path)
     return run
 
 

@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,7 +36,7 @@ class Runtime:
         return DTYPES[self.precision]
 
     def __str__(self) -> str:
-        name = platform.processor() or platform.machine()
+        name = cpu_name()
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         threads = f", {self.num_threads} threads" if self.device.type == "cpu" else ""
@@ -116,11 +117,27 @@ def _tune_cpu_libraries() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU."""
+    words = str(error).lower()
+    return "out of memory" in words or "can't allocate memory" in words
+
+
+def cpu_name() -> str:
+    """The processor's model, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def describe_machine() -> dict[str, str | int]:
     """What a result was obtained on."""
     facts: dict[str, str | int] = {
         "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": cpu_name(),
         "cpus": os.cpu_count() or 1,
     }
     if torch.cuda.is_available():

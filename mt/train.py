@@ -1,7 +1,9 @@
 """From a config to a trained, scored model: the whole of a training run."""
 
+import dataclasses
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mt.batching import Batch, collate, length_batches
+from mt.batching import collate
+from mt.budget import settle
 from mt.checkpoint import (
     TRAINER,
     WEIGHTS,
@@ -29,28 +32,27 @@ from mt.checkpoint import (
 )
 from mt.config import (
     Config,
-    DecodeConfig,
     Device,
     EvalConfig,
     EvaluateConfig,
     FinalEval,
     Metric,
     Precision,
+    Resume,
     Split,
 )
 from mt.corpus import Corpus, prepare
-from mt.evaluate import evaluate, heldout_loss, quick_scores, table
+from mt.evaluate import evaluate, heldout_loss, loss_batches, quick_scores, table
+from mt.model import Transformer
 from mt.monitor import Monitor, Progress, Validation, clock, logged_to
 from mt.runs import Run, locked, open_run
-from mt.runtime import Runtime, describe_machine, resolve
+from mt.runtime import Runtime, describe_machine
 from mt.trainer import StepResult, Trainer
 from mt.translate import Translator
 
 log = logging.getLogger(__name__)
 
 NUM_SAMPLES = 5  # translations shown at each validation
-VALID_BATCH_TOKENS = 4096  # padded pieces a batch of the validation loss
-VALID_SHARE = 0.07  # of train.max_minutes: what validations and checkpoints take, about
 
 
 def train(config: Config) -> Path:
@@ -59,10 +61,10 @@ def train(config: Config) -> Path:
     Raises: ValueError for everything that the user can put right; SystemExit after Ctrl-C or
     SIGTERM, when the checkpoint is written.
     """
+    corpus = prepare(config.data, config.tokenizer)
     run = open_run(config)
     with locked(run), logged_to(run.path / "train.log"):
         log.info("run %s", run.path)
-        corpus = prepare(config.data, config.tokenizer)
         runtime, max_steps = settle(run, config, corpus)
         if run.is_finished:
             log.info("it is finished already; train.resume=never starts another one")
@@ -74,85 +76,6 @@ def train(config: Config) -> Path:
             '\nTranslate with it:\n  .venv/bin/python scripts/translate.py -m %s "..."', run.path
         )
     return run.path
-
-
-def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
-    """Resolve what is ``auto``, and the number of steps; once a run, saved before its first step.
-
-    Raises: ValueError when the corpus is not the one that the run began with.
-    """
-    saved = run.resolved()
-    if saved is not None:
-        if saved["corpus"] != corpus.fingerprint:
-            raise ValueError(
-                f"{run.path} began with other training text (its files have changed); "
-                "put the old text back, or use train.resume=never"
-            )
-        runtime = resolve(
-            device=Device(saved["device"]),
-            precision=Precision(saved["precision"]),
-            num_threads=saved["num_threads"],
-        )
-        return runtime, saved["max_steps"]
-    settings = config.train
-    runtime = resolve(
-        device=settings.device, precision=settings.precision, num_threads=settings.num_threads
-    )
-    log.info("device %s", runtime)
-    max_steps = count_steps(config, corpus, runtime)
-    run.write(
-        "resolved.json",
-        {
-            "device": runtime.device.type,
-            "precision": runtime.precision.value,
-            "num_threads": runtime.num_threads,
-            "max_steps": max_steps,
-            "corpus": corpus.fingerprint,
-        },
-    )
-    return runtime, max_steps
-
-
-def count_steps(config: Config, corpus: Corpus, runtime: Runtime) -> int:
-    """The steps that ``max_steps``, ``max_epochs`` and ``max_minutes`` allow.
-
-    For ``max_minutes`` a throwaway model takes some steps first, to see how long they last.
-    """
-    settings = config.train
-    trial = Trainer(config, corpus, runtime, max_steps=None)
-    if trial.order.num_too_long:
-        log.info(
-            "%d training pairs are longer than train.max_length=%d pieces; left out",
-            trial.order.num_too_long,
-            settings.max_length,
-        )
-    limits = [] if settings.max_steps is None else [settings.max_steps]
-    if settings.max_epochs is not None:
-        steps_an_epoch = len(trial.planned) / settings.accumulate
-        limits.append(math.ceil(settings.max_epochs * steps_an_epoch))
-    if settings.max_minutes is not None:
-        seconds = step_seconds(trial)
-        budget = settings.max_minutes * 60 * (1 - VALID_SHARE)
-        limits.append(max(1, int(budget / seconds)))
-        log.info(
-            "%.0f ms a step: train.max_minutes=%g allows %d steps",
-            1000 * seconds,
-            settings.max_minutes,
-            limits[-1],
-        )
-    return min(limits)
-
-
-def step_seconds(trial: Trainer, *, warm_up: float = 5.0, measured: float = 10.0) -> float:
-    """The mean duration of a step, after some that compile kernels and fill caches."""
-    start = time.perf_counter()
-    while time.perf_counter() - start < warm_up:
-        trial.train_step()
-    steps, start = 0, time.perf_counter()
-    while time.perf_counter() - start < measured or steps < 5:
-        trial.train_step()
-        steps += 1
-    return (time.perf_counter() - start) / steps
 
 
 def score(config: Config, run: Run, runtime: Runtime) -> None:
@@ -189,7 +112,8 @@ def stop_requests() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        log.info("stopping after this step; once more stops without saving")
+        message = b"\nstopping after this step; once more stops without saving\n"
+        os.write(2, message)  # what logs is not safe in a handler
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -215,7 +139,23 @@ class Training:
         self.num_worse = 0  # validations since the best
         self.num_skipped = 0  # non-finite steps in a row
         self.seconds = 0.0  # of training, over all processes
-        self.valid_batches = valid_batches(corpus, max_length=config.train.max_length)
+        rows = corpus.valid[:]
+        pairs = zip(rows["source_ids"], rows["target_ids"], strict=True)
+        self.valid_batches = loss_batches(pairs, max_length=config.train.max_length)
+        if not self.valid_batches:
+            raise ValueError(
+                f"no validation pair has at most train.max_length={config.train.max_length} "
+                "pieces a side; raise train.max_length"
+            )
+        lengths = self.trainer.sources.lengths
+        self.origin: dict[str, Any] = {  # of the weights; the same for all checkpoints
+            "long_source": int(np.quantile(lengths, 0.99)) + 1,  # pieces, with EOS
+            "device": str(runtime),
+            "machine": describe_machine(),
+            **provenance(),
+        }
+        for leftover in run.checkpoints.glob(".step-*"):  # of a process that was killed
+            shutil.rmtree(leftover)
         if run.last is not None:
             self._restore(run.last)
 
@@ -232,16 +172,22 @@ class Training:
             self.max_steps,
             100 * trainer.order.padding_share(trainer.planned),
         )
+        if trainer.order.num_too_long:
+            log.info(
+                "%d training pairs are longer than train.max_length=%d pieces; left out",
+                trainer.order.num_too_long,
+                settings.max_length,
+            )
         if trainer.step:
             log.info("going on from step %d", trainer.step)
         monitor = Monitor(self.run.path, first_step=trainer.step, max_steps=self.max_steps)
         results: list[StepResult] = []
-        begin = start = time.perf_counter()
+        start = time.perf_counter()
+        earlier_seconds, begin = self.seconds, start
         stopped_early = self._should_stop()
         with stop_requests() as requests:
             while trainer.step < self.max_steps and not stopped_early:
-                result = self._step()
-                results.append(result)
+                results.append(self._step())
                 last = trainer.step == self.max_steps
                 if last or trainer.step % settings.log_every == 0:
                     monitor.progress(self._summary(results, seconds=time.perf_counter() - start))
@@ -249,18 +195,19 @@ class Training:
                 validates = last or trainer.step % settings.validate_every == 0
                 if validates or requests or self._is_planned(trainer.step):
                     paused = time.perf_counter()
-                    self.seconds += paused - begin
                     scores = self._validate(monitor) if validates else None
+                    self.seconds = earlier_seconds + time.perf_counter() - begin
                     self._save(scores)
-                    begin = time.perf_counter()
-                    start += begin - paused
+                    start += time.perf_counter() - paused
                     stopped_early = self._should_stop()
-                if requests and not last:
+                if requests:
                     monitor.close()
-                    log.info(
-                        "stopped at step %d; the same command goes on from there", trainer.step
-                    )
+                    again = "the same command"
+                    if settings.resume is Resume.never:
+                        again = f"train.run_name={self.run.path.name} without train.resume=never"
+                    log.info("stopped at step %d; %s goes on from there", trainer.step, again)
                     raise SystemExit(128 + requests[0])
+        self.seconds = earlier_seconds + time.perf_counter() - begin
         if settings.average:
             self._average(monitor)
         monitor.close()
@@ -272,21 +219,11 @@ class Training:
     # One step
 
     def _step(self) -> StepResult:
-        try:
-            result = self.trainer.train_step()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            planned = self.trainer.planned[self.trainer.position - 1]
-            raise ValueError(
-                f"out of memory on a batch of {len(planned.indices)} sentences, source length "
-                f"{planned.source_length}, target length {planned.target_length}. Lower "
-                f"train.batch_tokens (now {self.config.train.batch_tokens}) and raise "
-                "train.accumulate by the same factor, or lower train.max_length"
-            ) from error
-        overflow_is_normal = self.runtime.precision is Precision.fp16
+        result = self.trainer.train_step()
         self.num_skipped = self.num_skipped + 1 if result.skipped else 0
-        if result.skipped and not overflow_is_normal:
+        # In fp16 the first steps overflow until the loss scale has come down, 16 halvings at most.
+        normal = self.runtime.precision is Precision.fp16 and self.num_skipped <= 16
+        if result.skipped and not normal:
             self._report_skipped(result)
         return result
 
@@ -349,24 +286,19 @@ class Training:
         settings = self.config.train
         start = time.perf_counter()
         model = self.trainer.model_to_use()
-        exact = fp32(self.runtime)
+        exact = dataclasses.replace(self.runtime, precision=Precision.fp32)
         loss = heldout_loss(model, self.valid_batches, exact)
         bleu = chrf = None
         samples: list[tuple[str, str, str]] = []
         if settings.valid_sentences:
             rows = self.corpus.valid[valid_sample(self.corpus, settings.valid_sentences)]
-            greedy = DecodeConfig(
-                beam_size=1,
-                length_penalty=self.config.decode.length_penalty,
-                max_length=self.config.decode.max_length,
-                batch_tokens=self.config.decode.batch_tokens,
-            )
+            greedy = dataclasses.replace(self.config.decode, beam_size=1)
             loaded = LoadedModel(
                 path=self.run.path,
                 model=model,
                 tokenizer=self.corpus.tokenizer,
                 config=self.config,
-                info=self._info(None),
+                info=self.origin,
             )
             translated = Translator(loaded, exact, greedy).translate(rows["source"])
             hypotheses = [best[0].text for best in translated]
@@ -375,7 +307,7 @@ class Training:
             )
             triples = zip(rows["source"], rows["target"], hypotheses, strict=True)
             samples = list(triples)[:NUM_SAMPLES]
-            self._show_attention(monitor, rows)
+            self._show_attention(monitor, model, rows)
         scores = Validation(
             step=self.trainer.step,
             loss=loss,
@@ -387,14 +319,14 @@ class Training:
         return scores
 
     @torch.inference_mode()
-    def _show_attention(self, monitor: Monitor, rows: dict[str, list[Any]]) -> None:
+    def _show_attention(
+        self, monitor: Monitor, model: Transformer, rows: dict[str, list[Any]]
+    ) -> None:
         """The cross-attention of the sample's first pair that fits into a picture."""
         for source, target in zip(rows["source_ids"], rows["target_ids"], strict=True):
             if len(source) <= 40 and len(target) <= 40:
                 batch = collate([source], [target]).to(self.runtime.device)
-                weights = self.trainer.model_to_use().cross_weights(
-                    batch.source, batch.target_in, batch.source_mask
-                )
+                weights = model.cross_weights(batch.source, batch.target_in, batch.source_mask)
                 pieces = self.corpus.tokenizer.pieces
                 monitor.attention(
                     weights[0],
@@ -432,6 +364,7 @@ class Training:
         if is_best:
             point(self.run.path / "best", path)
         point(self.run.path / "last", path)
+        point(self.run.path.parent / "last", self.run.path)
         self._prune()
 
     def _is_best(self, scores: Validation) -> bool:
@@ -447,7 +380,6 @@ class Training:
 
     def _info(self, scores: Validation | None) -> dict[str, Any]:
         data = self.config.data
-        lengths = self.trainer.sources.lengths
         return {
             "step": self.trainer.step,
             "epochs": round(self.trainer.epochs, 3),
@@ -460,10 +392,7 @@ class Training:
             "corpus": str(self.corpus.path),
             "corpus_fingerprint": self.corpus.fingerprint,
             "num_leaked": self.corpus.num_leaked,
-            "long_source": int(np.quantile(lengths, 0.99)) + 1,
-            "device": str(self.runtime),
-            "machine": describe_machine(),
-            **provenance(),
+            **self.origin,
         }
 
     def _is_planned(self, step: int) -> bool:
@@ -525,35 +454,8 @@ class Training:
             point(self.run.path / "best", path)
 
 
-def valid_batches(corpus: Corpus, *, max_length: int) -> list[Batch]:
-    """The validation split in batches, but for pairs longer than those of the training."""
-    rows = corpus.valid[:]
-    pairs = [
-        pair
-        for pair in zip(rows["source_ids"], rows["target_ids"], strict=True)
-        if max(map(len, pair)) < max_length
-    ]
-    if not pairs:
-        raise ValueError(f"no validation pair has at most train.max_length={max_length} pieces")
-    lengths = [max(map(len, pair)) + 1 for pair in pairs]
-    return [
-        collate([pairs[index][0] for index in indices], [pairs[index][1] for index in indices])
-        for indices in length_batches(lengths, max_tokens=VALID_BATCH_TOKENS)
-    ]
-
-
 def valid_sample(corpus: Corpus, num_sentences: int) -> list[int]:
     """Sentence numbers spread evenly over the validation split, always the same."""
     total = len(corpus.valid)
     number = min(num_sentences, total)
     return [int(index) for index in np.linspace(0, total - 1, number).round()]
-
-
-def fp32(runtime: Runtime) -> Runtime:
-    """The same device in full precision."""
-    return Runtime(device=runtime.device, precision=Precision.fp32, num_threads=runtime.num_threads)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,9 +1,9 @@
 """The training step, and all the state that it changes."""
 
 import copy
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,13 @@ from torch import Tensor
 
 from mt.batching import Batch, BatchOrder, PlannedBatch, Sequences, collate
 from mt.checkpoint import TrainerState, set_weights, unique_weights
-from mt.config import Config, Precision
+from mt.config import Config, Precision, TrainConfig
 from mt.corpus import Corpus
 from mt.loss import cross_entropy, length_loss
 from mt.model import Transformer
 from mt.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from mt.runtime import Runtime
+from mt.runtime import Runtime, is_out_of_memory
 from mt.tokenizer import PAD
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +35,23 @@ class StepResult:
     num_padding: int
     batches: Sequence[PlannedBatch]
     skipped: bool  # for a loss or gradient that is not finite
+
+
+@contextmanager
+def advice_on_memory(batch: Batch, config: TrainConfig) -> Iterator[None]:
+    """Turn running out of memory into a ValueError that says on which batch, and what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        (num_sentences, source_length), target_length = batch.source.shape, batch.target_in.size(1)
+        raise ValueError(
+            f"out of memory on a batch of {num_sentences} sentences, source length "
+            f"{source_length}, target length {target_length}; lower train.batch_tokens (now "
+            f"{config.batch_tokens}) and raise train.accumulate (now {config.accumulate}) by the "
+            "same factor, or lower train.max_length"
+        ) from error
 
 
 class Trainer:
@@ -106,29 +121,27 @@ class Trainer:
         self.working.train()
         total = total_length = torch.zeros((), device=self.runtime.device)
         for batch in batches:
-            loss, ratio_loss = self._losses(batch)
-            objective = loss / num_tokens + config.length_loss * ratio_loss / num_sentences
-            self.scaler.scale(objective).backward()
+            with advice_on_memory(batch, config):
+                loss, ratio_loss = self._losses(batch)
+                objective = loss / num_tokens + config.length_loss * ratio_loss / num_sentences
+                self.scaler.scale(objective).backward()
             self._collect_gradients()
             total, total_length = total + loss.detach(), total_length + ratio_loss.detach()
 
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(
-                self.parameters, self.config.optim.clip_norm or math.inf, foreach=True
-            )
-        )
-        finite = math.isfinite(norm)
-        for optimizer in self.optimizers if finite or self.scaler.is_enabled() else ():
-            self.scaler.step(optimizer)  # skips by itself what overflowed in fp16
+        max_norm = self.config.optim.clip_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm))
+        finite = math.isfinite(norm) and math.isfinite(float(total))
+        if finite:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self._publish()
         self.scaler.update()
         for parameter in self.parameters:
             parameter.grad = None
-        if finite:
-            self._publish()
         self.step += 1
-        real = sum(int(batch.source_mask.sum()) + batch.num_tokens for batch in batches)
+        filled = sum(int(self.order.source[batch.indices].sum()) for batch in planned) + num_tokens
         positions = sum(batch.source.numel() + batch.target_in.numel() for batch in batches)
         return StepResult(
             loss=total,
@@ -138,7 +151,7 @@ class Trainer:
             num_tokens=num_tokens,
             num_sentences=num_sentences,
             num_positions=positions,
-            num_padding=positions - real,
+            num_padding=positions - filled,
             batches=planned,
             skipped=not finite,
         )
@@ -229,6 +242,8 @@ class Trainer:
         tensors = {"random.cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        if self.runtime.device.type == "mps":
+            tensors["random.mps"] = torch.mps.get_rng_state()
         for name, parameter in unique_weights(self.model).items():
             tensors[f"weights.{name}"] = parameter
         for number, optimizer in enumerate(self.optimizers):
@@ -255,7 +270,9 @@ class Trainer:
         }
         set_weights(self.model, own, origin=origin)
         if self.average is not None:
-            self.average = [weights[name].to(self.runtime.device) for name in own_names(self.model)]
+            self.average = [
+                weights[name].to(self.runtime.device) for name in unique_weights(self.model)
+            ]
         try:
             self._restore_optimizers(state.tensors)
             self.step = state.values["step"]
@@ -265,6 +282,8 @@ class Trainer:
             torch.set_rng_state(state.tensors["random.cpu"])
             if self.runtime.device.type == "cuda":
                 torch.cuda.set_rng_state(state.tensors["random.cuda"], self.runtime.device)
+            if self.runtime.device.type == "mps":
+                torch.mps.set_rng_state(state.tensors["random.mps"])
         except KeyError as error:
             raise ValueError(f"the trainer state in {origin} is not complete: {error}") from error
         self.planned = self.order.epoch(self.epoch)
@@ -281,8 +300,3 @@ class Trainer:
                     entries.setdefault(int(index), {})[key] = tensor
             saved = optimizer.state_dict()
             optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})
-
-
-def own_names(model: torch.nn.Module) -> list[str]:
-    """The names of the parameters, in their order."""
-    return list(unique_weights(model))

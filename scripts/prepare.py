@@ -11,9 +11,11 @@ from mt.compose import to_config
 def main(node: DictConfig) -> None:
     with user_errors():
         config = to_config(node)
-        from mt.corpus import prepare  # only now: a mistyped setting is reported without the wait
+        from mt.cleaning import table  # only now: a mistyped setting is reported without the wait
+        from mt.corpus import prepare
 
-        prepare(config.data, config.tokenizer)
+        corpus = prepare(config.data, config.tokenizer)
+        print(f"{corpus.path}\n{table(corpus.report)}")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ LAYERS: dict[str, set[str]] = {
     "trainer": {
         "batching", "checkpoint", "corpus", "loss", "model", "optim", "runtime", "tokenizer",
     },
+    "budget": {"corpus", "runs", "runtime", "trainer"},
     "train": {
-        "attention", "batching", "checkpoint", "corpus", "evaluate", "loss", "model", "monitor",
-        "optim", "runs", "runtime", "search", "sources", "tokenizer", "trainer", "translate",
+        "batching", "budget", "checkpoint", "corpus", "evaluate", "model", "monitor", "runs",
+        "runtime", "trainer", "translate",
     },
 }  # fmt: skip
 

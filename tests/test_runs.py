@@ -50,15 +50,6 @@ def test_the_settings_are_kept(config: Config) -> None:
     assert load_config(open_run(config).path / "config.yaml") == config
 
 
-def test_last_points_to_the_newest(config: Config) -> None:
-    link = Path(config.train.runs_dir) / "last"
-    for name in ("one", "two", "one"):
-        config.train.run_name = name
-        run = open_run(config)
-        assert link.resolve() == run.path.resolve()
-    assert not os.path.isabs(os.readlink(link))
-
-
 # A second start
 
 
@@ -95,7 +86,6 @@ def test_never_starts_another_one(config: Config) -> None:
     config.optim.lr *= 2
     assert open_run(config).path.name == "mine-2"
     assert open_run(config).path.name == "mine-3"
-    assert (Path(config.train.runs_dir) / "last").resolve().name == "mine-3"
 
 
 def test_never_takes_the_plain_name_when_it_is_free(config: Config) -> None:

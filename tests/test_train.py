@@ -21,16 +21,17 @@ from digits import digits_config, learning_config, write_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from mt import checkpoint
+from mt import budget, checkpoint
 from mt import train as training
 from mt.batching import PlannedBatch
+from mt.budget import step_seconds
 from mt.checkpoint import average_weights, load_model, load_tensors, load_trainer_state
 from mt.compose import compose
 from mt.config import Config, Device, FinalEval, Metric, Optimizer, Precision, Resume, save_config
 from mt.corpus import prepare
 from mt.monitor import Monitor, Validation
 from mt.runtime import resolve
-from mt.train import Training, step_seconds, train
+from mt.train import Training, train
 from mt.trainer import StepResult, Trainer
 from mt.translate import Translator
 
@@ -641,7 +642,7 @@ def test_minutes_become_steps_that_are_kept(
         trial.train_step()  # what the trial does must not show in the run
         return measured.pop(0)
 
-    monkeypatch.setattr(training, "step_seconds", seconds)
+    monkeypatch.setattr(budget, "step_seconds", seconds)
     cut_off(monkeypatch, named(config, "minutes"), "step 8")
     resolved = Path(config.train.runs_dir) / "minutes" / "resolved.json"
     assert json.loads(resolved.read_text())["max_steps"] == 12  # 6 s, less the validations
