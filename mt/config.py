@@ -190,7 +190,7 @@ class OptimConfig:
 
     algorithm: Optimizer = Optimizer.adamw
     lr: float = 3e-3  # peak learning rate (AdamW's)
-    muon_lr: float = 2e-2  # peak learning rate of Muon's matrices
+    muon_lr: float = 5e-3  # peak learning rate of Muon's matrices
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-9

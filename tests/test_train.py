@@ -29,7 +29,7 @@ from mt.checkpoint import average_weights, load_model, load_tensors, load_traine
 from mt.compose import compose
 from mt.config import Config, Device, FinalEval, Metric, Optimizer, Precision, Resume, save_config
 from mt.corpus import prepare
-from mt.monitor import Monitor, Validation
+from mt.monitor import Monitor, Progress, Validation
 from mt.runtime import resolve
 from mt.train import Training, train
 from mt.trainer import StepResult, Trainer
@@ -800,10 +800,15 @@ def test_the_exponential_average_is_what_is_used(config: Config) -> None:
 
 
 def test_tensorboard(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        at_step(patch, 8, lambda model: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            train(config)
+    """Also where a killed process had written more than its last checkpoint holds."""
+    progress = Monitor.progress
+
+    def flushed(self: Monitor, now: Progress) -> None:
+        progress(self, now)
+        self.board.flush()
+
+    monkeypatch.setattr(Monitor, "progress", flushed)
+    cut_off(monkeypatch, config, "step 8")
     run = train(config)
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
