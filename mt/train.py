@@ -240,7 +240,8 @@ class Training:
                 "gradient_norm": str(result.gradient_norm),
                 "learning_rate": result.learning_rate,
                 "weight_norms": {
-                    key: str(float(tensor.norm())) for key, tensor in self.trainer.weights().items()
+                    key: str(float(tensor.detach().norm()))
+                    for key, tensor in self.trainer.weights().items()
                 },
                 "sentences": [
                     {"number": index, "source": source, "target": target}

@@ -70,7 +70,7 @@ def test_bf16_is_close_in_loss_and_gradient() -> None:
     assert loss.dtype == torch.float32
     exact = logits.detach().double().requires_grad_()
     expected = reference(exact, target, 0.1)
-    assert float(loss) == pytest.approx(float(expected), rel=0.01)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
     loss.backward()
     expected.backward()
     assert logits.grad.dtype == torch.bfloat16
@@ -97,7 +97,7 @@ def test_everything_ignored_is_zero() -> None:
     logits, _ = example(torch.float32)
     loss = cross_entropy(logits, torch.zeros(3, 5, dtype=torch.long), smoothing=0.1, ignore=PAD)
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert (logits.grad == 0).all()
 
 
@@ -112,7 +112,7 @@ def test_a_hopeless_target_gives_a_large_but_finite_loss() -> None:
     logits = torch.tensor([[0.0, 500.0, -500.0]], requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([2]), ignore=PAD)
     loss.backward()
-    assert 50 < float(loss) < float("inf")
+    assert 50 < loss.item() < float("inf")
     torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 1.0, -1.0]]))
 
 

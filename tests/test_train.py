@@ -24,7 +24,7 @@ from torch import Tensor
 from mt import budget, checkpoint
 from mt import train as training
 from mt.batching import PlannedBatch
-from mt.budget import step_seconds
+from mt.budget import DEFAULT_STEPS, count_steps, step_seconds
 from mt.checkpoint import average_weights, load_model, load_tensors, load_trainer_state
 from mt.compose import compose
 from mt.config import Config, Device, FinalEval, Metric, Optimizer, Precision, Resume, save_config
@@ -681,8 +681,9 @@ def test_auto_is_resolved_once(config: Config, monkeypatch: pytest.MonkeyPatch) 
     config.train.device = Device.auto
     config.train.precision = Precision.auto
     config.train.num_threads = None
+    config = named(config, "mine")
     cut_off(monkeypatch, config, "step 3")
-    resolved = Path(config.train.runs_dir) / "last" / "resolved.json"
+    resolved = Path(config.train.runs_dir) / "mine" / "resolved.json"
     found = json.loads(resolved.read_text())
     assert "auto" not in found.values()
     assert None not in found.values()
@@ -692,6 +693,26 @@ def test_auto_is_resolved_once(config: Config, monkeypatch: pytest.MonkeyPatch) 
         resolved.write_text(json.dumps(found))
         run = train(config)
         assert found["precision"] in json.loads((run / "last" / "info.json").read_text())["device"]
+
+
+def test_steps_without_a_budget(config: Config) -> None:
+    config.train.max_steps = None
+    corpus = prepare(config.data, config.tokenizer)
+    runtime = resolve(device=Device.cpu, precision=Precision.fp32, num_threads=1)
+    assert count_steps(config, corpus, runtime) == DEFAULT_STEPS
+
+
+def test_the_newest_run_is_one_that_can_be_used(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first checkpoint, a run does not take the place of the one before it."""
+    newest = Path(config.train.runs_dir) / "last"
+    train(named(config, "one"))
+    cut_off(monkeypatch, named(config, "two"), "step 3")
+    assert newest.resolve().name == "one"
+    cut_off(monkeypatch, named(config, "two"), "step 8")
+    assert newest.resolve().name == "two"
+    assert not os.path.isabs(os.readlink(newest))
 
 
 # What is kept
@@ -941,5 +962,5 @@ def test_the_real_corpus_and_a_few_steps(
     assert losses[-1] < losses[0]
     info = json.loads((run / "last" / "info.json").read_text())
     assert info["step"] == 12
-    assert isinstance(info["num_leaked"], int)
+    assert info["num_leaked"].keys() == {"valid", "test"}
     assert trainer(config).order.padding_share(trainer(config).planned) <= 0.08
