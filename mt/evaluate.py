@@ -62,9 +62,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         baseline = _load(settings.baseline, runtime)
         _same_languages(baseline, loaded)
         search = config.decode.over(baseline.config.decode)
-        systems["baseline"], _ = _translate(Translator(baseline, runtime, search), held_out)
+        systems["baseline"], _ = _translate(
+            Translator.of(baseline, runtime, decode=search), held_out
+        )
     decode = config.decode.over(loaded.config.decode)
-    systems["model"], seconds = _translate(Translator(loaded, runtime, decode), held_out)
+    systems["model"], seconds = _translate(Translator.of(loaded, runtime, decode=decode), held_out)
 
     pairs = list(
         zip(

@@ -260,14 +260,15 @@ class DecoderState:
     def reorder(self, rows: Tensor) -> None:
         """Go on with the given hypotheses [M], in that order; any may be repeated or left out.
 
-        Those of a sentence must stay side by side, and be equally many for each that is left.
+        Those of a sentence must stay side by side, and be equally many for each that is left; the
+        sentences keep their order.
         """
         for cache in self.caches:
             cache.reorder(rows)
         kept, owners, counts = self.owners[rows].unique_consecutive(
             return_inverse=True, return_counts=True
         )
-        assert (counts == counts[0]).all()
+        assert (counts == counts[0]).all() and (kept.diff() > 0).all()
         if len(kept) < len(self.mask):
             self.mask = self.mask[kept]
             self.memories = [(key[kept], value[kept]) for key, value in self.memories]

@@ -42,13 +42,14 @@ class Validation:
     loss: float  # mean cross-entropy a target piece, without smoothing
     bleu: float | None  # of a fixed sample, greedy search; None when no sentence is translated
     chrf: float | None
+    num_leaked: int  # validation sentences that the training text repeated, before cleaning
     seconds: float
 
     def __str__(self) -> str:
         scores = f"validation at step {self.step}: loss {self.loss:.3f}"
         if self.bleu is not None and self.chrf is not None:
             scores += f", BLEU {self.bleu:.2f}, chrF {self.chrf:.2f}"
-        return f"{scores} ({self.seconds:.1f} s)"
+        return f"{scores} ({self.num_leaked} leaked before cleaning, {self.seconds:.1f} s)"
 
 
 class Monitor:

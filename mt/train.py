@@ -1,6 +1,5 @@
 """From a config to a trained, scored model: the whole of a training run."""
 
-import dataclasses
 import logging
 import math
 import os
@@ -14,14 +13,11 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch
 
-from mt.batching import collate
 from mt.budget import settle
 from mt.checkpoint import (
     TRAINER,
     WEIGHTS,
-    LoadedModel,
     average_weights,
     load_tensors,
     load_trainer_state,
@@ -42,13 +38,12 @@ from mt.config import (
     Split,
 )
 from mt.corpus import Corpus, prepare
-from mt.evaluate import evaluate, heldout_loss, loss_batches, quick_scores, table
-from mt.model import Transformer
+from mt.evaluate import evaluate, table
 from mt.monitor import Monitor, Progress, Validation, clock, logged_to
 from mt.runs import Run, locked, open_run
 from mt.runtime import Runtime, describe_machine
 from mt.trainer import StepResult, Trainer
-from mt.translate import Translator
+from mt.validate import Validator
 
 log = logging.getLogger(__name__)
 
@@ -139,14 +134,6 @@ class Training:
         self.num_worse = 0  # validations since the best
         self.num_skipped = 0  # non-finite steps in a row
         self.seconds = 0.0  # of training, over all processes
-        rows = corpus.valid[:]
-        pairs = zip(rows["source_ids"], rows["target_ids"], strict=True)
-        self.valid_batches = loss_batches(pairs, max_length=config.train.max_length)
-        if not self.valid_batches:
-            raise ValueError(
-                f"no validation pair has at most train.max_length={config.train.max_length} "
-                "pieces a side; raise train.max_length"
-            )
         lengths = self.trainer.sources.lengths
         self.origin: dict[str, Any] = {  # of the weights; the same for all checkpoints
             "long_source": int(np.quantile(lengths, 0.99)) + 1,  # pieces, with EOS
@@ -154,6 +141,7 @@ class Training:
             "machine": describe_machine(),
             **provenance(),
         }
+        self.validator = Validator(config, corpus, runtime)
         for leftover in run.checkpoints.glob(".step-*"):  # of a process that was killed
             shutil.rmtree(leftover)
         if run.last is not None:
@@ -284,58 +272,8 @@ class Training:
     # Validation
 
     def _validate(self, monitor: Monitor) -> Validation:
-        settings = self.config.train
-        start = time.perf_counter()
         model = self.trainer.model_to_use()
-        exact = dataclasses.replace(self.runtime, precision=Precision.fp32)
-        loss = heldout_loss(model, self.valid_batches, exact)
-        bleu = chrf = None
-        samples: list[tuple[str, str, str]] = []
-        if settings.valid_sentences:
-            rows = self.corpus.valid[valid_sample(self.corpus, settings.valid_sentences)]
-            greedy = dataclasses.replace(self.config.decode, beam_size=1)
-            loaded = LoadedModel(
-                path=self.run.path,
-                model=model,
-                tokenizer=self.corpus.tokenizer,
-                config=self.config,
-                info=self.origin,
-            )
-            translated = Translator(loaded, exact, greedy).translate(rows["source"])
-            hypotheses = [best[0].text for best in translated]
-            bleu, chrf = quick_scores(
-                hypotheses, rows["target"], target_lang=self.config.data.target_lang
-            )
-            triples = zip(rows["source"], rows["target"], hypotheses, strict=True)
-            samples = list(triples)[:NUM_SAMPLES]
-            self._show_attention(monitor, model, rows)
-        scores = Validation(
-            step=self.trainer.step,
-            loss=loss,
-            bleu=bleu,
-            chrf=chrf,
-            seconds=time.perf_counter() - start,
-        )
-        monitor.validation(scores, samples=samples)
-        return scores
-
-    @torch.inference_mode()
-    def _show_attention(
-        self, monitor: Monitor, model: Transformer, rows: dict[str, list[Any]]
-    ) -> None:
-        """The cross-attention of the sample's first pair that fits into a picture."""
-        for source, target in zip(rows["source_ids"], rows["target_ids"], strict=True):
-            if len(source) <= 40 and len(target) <= 40:
-                batch = collate([source], [target]).to(self.runtime.device)
-                weights = model.cross_weights(batch.source, batch.target_in, batch.source_mask)
-                pieces = self.corpus.tokenizer.pieces
-                monitor.attention(
-                    weights[0],
-                    source=pieces(batch.source[0].tolist()),
-                    target=pieces(batch.target_out[0].tolist()),
-                    step=self.trainer.step,
-                )
-                return
+        return self.validator.validate(model, step=self.trainer.step, monitor=monitor)
 
     def _should_stop(self) -> bool:
         patience = self.config.train.patience
@@ -453,10 +391,3 @@ class Training:
         )
         if is_best:
             point(self.run.path / "best", path)
-
-
-def valid_sample(corpus: Corpus, num_sentences: int) -> list[int]:
-    """Sentence numbers spread evenly over the validation split, always the same."""
-    total = len(corpus.valid)
-    number = min(num_sentences, total)
-    return [int(index) for index in np.linspace(0, total - 1, number).round()]

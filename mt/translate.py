@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mt.batching import length_batches, pad
 from mt.checkpoint import LoadedModel, find_model, load_model
-from mt.config import DecodeConfig, Device, Precision
+from mt.config import Config, DecodeConfig, Device, Precision
+from mt.model import Transformer
 from mt.runtime import Runtime, resolve
 from mt.search import Hypothesis, beam_search
-from mt.tokenizer import EOS, PAD, normalize
+from mt.tokenizer import EOS, PAD, Tokenizer, normalize
 
 _UNSPACED = {"bo", "ja", "km", "lo", "my", "th", "zh"}  # languages written without spaces
 
@@ -67,20 +68,47 @@ def length_bounds(source_lengths: Tensor, log_ratios: Tensor | None, *, max_leng
 class Translator:
     """Translates with a trained model."""
 
-    def __init__(self, loaded: LoadedModel, runtime: Runtime, decode: DecodeConfig) -> None:
-        """``loaded.model`` is on ``runtime.device`` and in eval mode."""
-        self.model = loaded.model
-        self.tokenizer = loaded.tokenizer
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: Config,
+        runtime: Runtime,
+        *,
+        decode: DecodeConfig,
+        long_source: int | None = None,
+    ) -> None:
+        """``model`` is on ``runtime.device`` and in eval mode; ``config`` is that of its training.
+
+        ``long_source``: a length in pieces, EOS included, that few sources of the training exceed;
+        by default half of the longest that was allowed.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
         self.device = runtime.device
         self.decode = decode
         # Pieces without the end of sentence. A single sentence is translated as it is up to
         # the longest source of the training; several in one line only up to a usual length,
         # because a model that has seen few so long tends to drop what comes late in them.
-        self.max_source = max(1, loaded.config.train.max_length - 1)
-        usual = loaded.info.get("long_source") or loaded.config.train.max_length // 2
-        self.usual_source = max(1, min(int(usual) - 1, self.max_source))
-        self.separator = " " if writes_spaces(loaded.config.data.target_lang) else ""
-        self.nfc = loaded.config.data.clean.nfc
+        self.max_source = max(1, config.train.max_length - 1)
+        usual = long_source or config.train.max_length // 2
+        self.usual_source = max(1, min(usual - 1, self.max_source))
+        self.separator = " " if writes_spaces(config.data.target_lang) else ""
+        self.nfc = config.data.clean.nfc
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedModel, runtime: Runtime, *, decode: DecodeConfig | None = None
+    ) -> "Translator":
+        """A translator with a loaded model, by default with its own decode options."""
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.config,
+            runtime,
+            decode=decode or loaded.config.decode,
+            long_source=loaded.info.get("long_source"),
+        )
 
     @classmethod
     def load(
@@ -98,7 +126,7 @@ class Translator:
         """
         runtime = resolve(device=device, precision=precision, num_threads=num_threads)
         loaded = load_model(find_model(path), device=runtime.device, dtype=runtime.dtype)
-        return cls(loaded, runtime, decode or loaded.config.decode)
+        return cls.of(loaded, runtime, decode=decode)
 
     def translate(self, texts: Sequence[str], *, n_best: int = 1) -> list[list[Translation]]:
         """The best translations of each text, best first; of a blank text the blank text.

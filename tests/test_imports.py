@@ -35,10 +35,13 @@ LAYERS: dict[str, set[str]] = {
     "trainer": {
         "batching", "checkpoint", "corpus", "loss", "model", "optim", "runtime", "tokenizer",
     },
+    "validate": {
+        "batching", "corpus", "evaluate", "model", "monitor", "runtime", "translate",
+    },
     "budget": {"corpus", "runs", "runtime", "trainer"},
     "train": {
-        "batching", "budget", "checkpoint", "corpus", "evaluate", "model", "monitor", "runs",
-        "runtime", "trainer", "translate",
+        "budget", "checkpoint", "corpus", "evaluate", "monitor", "runs", "runtime", "trainer",
+        "validate",
     },
 }  # fmt: skip
 

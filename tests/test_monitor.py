@@ -30,10 +30,12 @@ def test_clock(seconds: float, text: str) -> None:
 
 
 def test_a_validation_in_words() -> None:
-    scores = Validation(step=5, loss=1.5, bleu=20.0, chrf=40.0, seconds=2)
+    scores = Validation(step=5, loss=1.5, bleu=20.0, chrf=40.0, num_leaked=3, seconds=2)
     assert "step 5" in str(scores)
     assert "BLEU 20.00, chrF 40.00" in str(scores)
-    assert "BLEU" not in str(Validation(step=5, loss=1.5, bleu=None, chrf=None, seconds=2))
+    assert "BLEU" not in str(
+        Validation(step=5, loss=1.5, bleu=None, chrf=None, num_leaked=0, seconds=2)
+    )
 
 
 def test_without_a_terminal_there_are_few_lines(

@@ -99,7 +99,12 @@ def validates_as(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> N
     def validate(self: Training, monitor: Monitor) -> Validation:
         score = scores[self.trainer.step]
         return Validation(
-            step=self.trainer.step, loss=100 - score, bleu=score, chrf=score, seconds=0
+            step=self.trainer.step,
+            loss=100 - score,
+            bleu=score,
+            chrf=score,
+            num_leaked=0,
+            seconds=0,
         )
 
     monkeypatch.setattr(Training, "_validate", validate)

@@ -2,7 +2,6 @@
 
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,9 +89,8 @@ def make(
 ) -> Translator:
     config = Config()
     config.train.max_length = max_length
-    loaded = SimpleNamespace(model=model, tokenizer=tokenizer, config=config, info=info)
     runtime = resolve(device=Device.cpu, precision=Precision.fp32, num_threads=1)
-    return Translator(loaded, runtime, decode)  # type: ignore[arg-type]
+    return Translator(model, tokenizer, config, runtime, decode=decode, **info)  # type: ignore[arg-type]
 
 
 def copier(tokenizer: Tokenizer, *, max_length: int = 64, **info: int) -> Translator:
