@@ -92,6 +92,15 @@ def round_up(lengths: np.ndarray) -> np.ndarray:
     return -(-lengths // step) * step
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """The sentences of a batch, and the lengths to pad both sides to."""
+
+    indices: np.ndarray
+    source_length: int
+    target_length: int
+
+
 class BatchOrder:
     """Which sentences make which batch of an epoch: a pure function of (seed, epoch).
 
@@ -128,7 +137,7 @@ class BatchOrder:
         self.max_tokens = max_tokens
         self.seed = seed
 
-    def epoch(self, epoch: int) -> list["PlannedBatch"]:
+    def epoch(self, epoch: int) -> list[PlannedBatch]:
         """The batches of an epoch."""
         random = np.random.default_rng([self.seed, epoch])
         indices = random.permutation(self.indices)
@@ -158,7 +167,7 @@ class BatchOrder:
             batches.append(PlannedBatch(rest, source_length=width, target_length=height))
         return [batches[index] for index in random.permutation(len(batches))]
 
-    def padding_share(self, batches: Sequence["PlannedBatch"]) -> float:
+    def padding_share(self, batches: Sequence[PlannedBatch]) -> float:
         """The share of positions, source and target, that hold padding."""
         filled = sum(
             int(self.source[batch.indices].sum() + self.target[batch.indices].sum())
@@ -168,15 +177,6 @@ class BatchOrder:
             len(batch.indices) * (batch.source_length + batch.target_length) for batch in batches
         )
         return 1 - filled / total
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedBatch:
-    """The sentences of a batch, and the lengths to pad both sides to."""
-
-    indices: np.ndarray
-    source_length: int
-    target_length: int
 
 
 class Sequences:

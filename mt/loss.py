@@ -31,6 +31,7 @@ class _CrossEntropy(torch.autograd.Function):
     """The same with its gradient made in the forward pass, in the precision of the logits.
 
     On the CPU the plain version reads and writes the [N, V] table about three times as often.
+    The value is capped at 87 a target (a smaller probability is 0 in fp32), the gradient is not.
     """
 
     @staticmethod

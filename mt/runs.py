@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mt.checkpoint import find_model
 from mt.config import Config, Resume, config_hash, differences, load_config, save_config
 
 
@@ -36,13 +35,16 @@ class Run:
     @property
     def last(self) -> Path | None:
         """The newest checkpoint, None before the first."""
-        link = self.path / "last"
-        return link.resolve() if link.exists() else None
+        return self._linked("last")
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint that validated best, None before the first."""
-        return find_model(self.path) if self.last is not None else None
+        """The checkpoint that validated best, None before the first validation."""
+        return self._linked("best")
+
+    def _linked(self, name: str) -> Path | None:
+        link = self.path / name
+        return link.resolve() if link.exists() else None
 
     @property
     def is_finished(self) -> bool:

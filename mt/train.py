@@ -19,6 +19,7 @@ from mt.checkpoint import (
     TRAINER,
     WEIGHTS,
     average_weights,
+    find_model,
     load_tensors,
     load_trainer_state,
     point,
@@ -47,8 +48,6 @@ from mt.validate import Validator
 
 log = logging.getLogger(__name__)
 
-NUM_SAMPLES = 5  # translations shown at each validation
-
 
 def train(config: Config) -> Path:
     """Train a model, or go on with a training; score it; return its run directory.
@@ -64,7 +63,7 @@ def train(config: Config) -> Path:
         if run.is_finished:
             log.info("it is finished already; train.resume=never starts another one")
         else:
-            Training(config, run, corpus, runtime, max_steps=max_steps).complete()
+            TrainingRun(config, run, corpus, runtime, max_steps=max_steps).complete()
         if config.train.final_eval is not FinalEval.none:
             score(config, run, runtime)
         log.info(
@@ -86,8 +85,7 @@ def score(config: Config, run: Run, runtime: Runtime) -> None:
         )
     )
     log.info("\n%s", table(result))
-    assert run.best is not None
-    texts = run.best / "eval" / config.train.final_eval.value
+    texts = find_model(run.path) / "eval" / config.train.final_eval.value
     columns = [
         texts.with_suffix(f".{kind}.txt").read_text(encoding="utf-8").split("\n")
         for kind in ("source", "reference", "hypothesis")
@@ -118,7 +116,7 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class Training:
+class TrainingRun:
     """The steps of one run, with its validations and checkpoints."""
 
     def __init__(

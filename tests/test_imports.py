@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "corpus": {"cleaning", "sources", "tokenizer"},
     "model": {"attention"},
     "checkpoint": {"model", "tokenizer"},
-    "runs": {"checkpoint"},
+    "runs": set(),
     "translate": {
         "batching", "checkpoint", "model", "runtime", "search", "tokenizer",
     },

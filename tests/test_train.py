@@ -31,7 +31,7 @@ from mt.config import Config, Device, FinalEval, Metric, Optimizer, Precision, R
 from mt.corpus import prepare
 from mt.monitor import Monitor, Progress, Validation
 from mt.runtime import resolve
-from mt.train import Training, train
+from mt.train import TrainingRun, train
 from mt.trainer import StepResult, Trainer
 from mt.translate import Translator
 
@@ -96,7 +96,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Trainer],
 def validates_as(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
     """Let the validation at each step find the score that is given for it."""
 
-    def validate(self: Training, monitor: Monitor) -> Validation:
+    def validate(self: TrainingRun, monitor: Monitor) -> Validation:
         score = scores[self.trainer.step]
         return Validation(
             step=self.trainer.step,
@@ -107,7 +107,7 @@ def validates_as(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> N
             seconds=0,
         )
 
-    monkeypatch.setattr(Training, "_validate", validate)
+    monkeypatch.setattr(TrainingRun, "_validate", validate)
 
 
 # The step
@@ -796,13 +796,13 @@ def test_the_average_can_be_the_best(config: Config, monkeypatch: pytest.MonkeyP
     scores = iter([1.0, 2.0, 3.0, 4.0])
     original: dict[int, float] = {}
     validates_as(monkeypatch, original)
-    validate = Training._validate
+    validate = TrainingRun._validate
 
-    def rising(self: Training, monitor: Monitor) -> Validation:
+    def rising(self: TrainingRun, monitor: Monitor) -> Validation:
         original[self.trainer.step] = next(scores)
         return validate(self, monitor)
 
-    monkeypatch.setattr(Training, "_validate", rising)
+    monkeypatch.setattr(TrainingRun, "_validate", rising)
     run = train(config)
     assert (run / "best").resolve().name == "averaged"
     assert (run / "last").resolve().name == "step-00000012"
