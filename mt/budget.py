@@ -10,7 +10,7 @@ from mt.runs import Run
 from mt.runtime import Runtime, resolve
 from mt.trainer import Trainer
 
-DEFAULT_STEPS = 6000  # where no budget is given
+DEFAULT_STEPS = 5000  # where no budget is given
 VALID_SHARE = 0.07  # of train.max_minutes: what validations and checkpoints take, about
 
 log = logging.getLogger(__name__)

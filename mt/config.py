@@ -205,7 +205,7 @@ class OptimConfig:
 class TrainConfig:
     """How long, on what, and what is kept."""
 
-    # budget: the first one reached ends the training; none given: 6,000 steps
+    # budget: the first one reached ends the training; none given: 5,000 steps
     max_steps: int | None = None
     max_epochs: float | None = None
     max_minutes: float | None = None  # turned into a step count before the first step
