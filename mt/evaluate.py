@@ -31,6 +31,7 @@ BATCH_TOKENS = 4096  # padded pieces a side, a batch of the held-out loss
 
 
 log = logging.getLogger(__name__)
+logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # else it tells of each resampling
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def table(result: dict[str, Any]) -> str:
     """A result of ``evaluate`` in a few lines."""
     leaked = "unknown" if result["num_leaked"] is None else result["num_leaked"]
     rows = [
-        f"model  {result['model']}, step {result['step']}",
+        f"model  {os.path.relpath(result['model'])}, step {result['step']}",
         f"text   {result['text']}, {result['num_sentences']} sentences, translated in "
         f"{result['seconds']:.1f} s; {leaked} of them stood in the training text before cleaning",
     ]

@@ -199,7 +199,8 @@ class TrainingRun:
         monitor.close()
         if stopped_early:
             log.info("no better validation for %d times: stopped early", self.num_worse)
-        log.info("trained for %s; best checkpoint %s", clock(self.seconds), self.run.best)
+        best = None if self.run.best is None else self.run.best.name
+        log.info("trained for %s; best checkpoint %s", clock(self.seconds), best)
         self.run.write("finished.json", {"step": trainer.step, "seconds": self.seconds})
 
     # One step
