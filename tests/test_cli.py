@@ -164,14 +164,19 @@ def test_on_a_terminal_only_translations_go_to_standard_output(model: Path) -> N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
+        # Tests that run in the background inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
+        watch = threading.Timer(60, process.kill)  # else a failed assertion would wait for ever
+        watch.start()
         os.close(theirs)
         assert process.stdout is not None and process.stderr is not None
         assert b"Ctrl-D" in process.stderr.readline()
         os.write(ours, b"the man\n")
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)  # Ctrl-C
-        assert process.wait(60) == 130
+        assert process.wait() == 130
+        watch.cancel()
         os.close(ours)
         rest = process.stderr.read()
     assert first.strip()
