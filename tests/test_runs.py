@@ -150,7 +150,7 @@ def test_a_run_before_and_after_its_first_checkpoint(config: Config) -> None:
         save_tiny_model(run.checkpoint(step), config, num_leaked=0)
     point(run.path / "last", run.checkpoint(10))
     assert run.last == run.checkpoint(10).resolve()
-    assert run.best == run.checkpoint(10).resolve()
+    assert run.best is None  # nothing is validated yet
     point(run.path / "best", run.checkpoint(5))
     assert run.best == run.checkpoint(5).resolve()
     run.write("finished.json", {})
