@@ -90,8 +90,9 @@ def score(config: Config, run: Run, runtime: Runtime) -> None:
         texts.with_suffix(f".{kind}.txt").read_text(encoding="utf-8").split("\n")
         for kind in ("source", "reference", "hypothesis")
     ]
-    shown = sorted(range(len(columns[0]) - 1), key=lambda line: abs(len(columns[0][line]) - 80))[:3]
-    for line in shown:
+    numbers = range(len(columns[0]) - 1)
+    handy = [line for line in numbers if 40 <= len(columns[0][line]) <= 120] or list(numbers)
+    for line in dict.fromkeys(handy[len(handy) * quarter // 4] for quarter in (1, 2, 3)):
         source, reference, hypothesis = (column[line] for column in columns)
         log.info("\nsource      %s\nreference   %s\nhypothesis  %s", source, reference, hypothesis)
 
@@ -170,29 +171,30 @@ class TrainingRun:
         results: list[StepResult] = []
         start = time.perf_counter()
         earlier_seconds, begin = self.seconds, start
-        stopped_early = self._should_stop()
+        stopped_early, stopping = self._should_stop(), False
         with stop_requests() as requests:
-            while trainer.step < self.max_steps and not stopped_early:
+            while trainer.step < self.max_steps and not stopped_early and not stopping:
                 results.append(self._step())
                 last = trainer.step == self.max_steps
+                stopping = bool(requests)  # looked at once: a later one waits for the next step
                 if last or trainer.step % settings.log_every == 0:
                     monitor.progress(self._summary(results, seconds=time.perf_counter() - start))
                     results, start = [], time.perf_counter()
                 validates = last or trainer.step % settings.validate_every == 0
-                if validates or requests or self._is_planned(trainer.step):
+                if validates or stopping or self._is_planned(trainer.step):
                     paused = time.perf_counter()
                     scores = self._validate(monitor) if validates else None
                     self.seconds = earlier_seconds + time.perf_counter() - begin
                     self._save(scores)
                     start += time.perf_counter() - paused
                     stopped_early = self._should_stop()
-                if requests:
-                    monitor.close()
-                    again = "the same command"
-                    if settings.resume is Resume.never:
-                        again = f"train.run_name={self.run.path.name} without train.resume=never"
-                    log.info("stopped at step %d; %s goes on from there", trainer.step, again)
-                    raise SystemExit(128 + requests[0])
+            if requests:
+                monitor.close()
+                again = "the same command"
+                if settings.resume is Resume.never:
+                    again = f"train.run_name={self.run.path.name} without train.resume=never"
+                log.info("stopped at step %d; %s goes on from there", trainer.step, again)
+                raise SystemExit(128 + requests[0])
         self.seconds = earlier_seconds + time.perf_counter() - begin
         if settings.average:
             self._average(monitor)

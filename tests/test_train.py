@@ -408,6 +408,23 @@ def test_a_stopped_run_saves_and_goes_on(
     assert steps == [9, 10, 11, 12]
 
 
+def test_a_signal_after_the_look_waits_for_the_next_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = TrainingRun._is_planned
+
+    def late(self: TrainingRun, step: int) -> bool:
+        if step == self.trainer.step == 8:  # it has been decided that step 8 is not saved
+            os.kill(os.getpid(), signal.SIGTERM)
+        return planned(self, step)
+
+    monkeypatch.setattr(TrainingRun, "_is_planned", late)
+    with pytest.raises(SystemExit):
+        train(named(config, "mine"))
+    last = Path(config.train.runs_dir) / "mine" / "last"
+    assert load_trainer_state(last).values["step"] == 9
+
+
 def test_a_second_signal_stops_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(model: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGINT)
