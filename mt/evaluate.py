@@ -202,7 +202,7 @@ def num_cut(
 
 def table(result: dict[str, Any]) -> str:
     """A result of ``evaluate`` in a few lines."""
-    leaked = "unknown" if result["num_leaked"] is None else result["num_leaked"]
+    leaked = "nobody knows how many" if result["num_leaked"] is None else result["num_leaked"]
     rows = [
         f"model  {os.path.relpath(result['model'])}, step {result['step']}",
         f"text   {result['text']}, {result['num_sentences']} sentences, translated in "

@@ -179,7 +179,7 @@ def test_own_files_are_scored(model: Path, tmp_path: Path) -> None:
     result = evaluate(config(model, source="in.txt", reference="out.txt"))
     assert result["num_sentences"] == 6
     assert result["num_leaked"] is None
-    assert "unknown" in table(result)
+    assert "nobody knows" in table(result)
     for kind in ("source", "hypothesis", "reference"):
         assert len(lines(model / "eval" / f"file-in.txt.{kind}.txt")) == 6
     assert lines(model / "eval" / "file-in.txt.hypothesis.txt")[4] == ""
