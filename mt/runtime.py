@@ -103,7 +103,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def _tune_cpu_libraries() -> None:
-    """Two settings of the libraries below PyTorch, worth a third of the training speed.
+    """Two settings of the libraries below PyTorch, worth a tenth of the training speed.
 
     oneDNN compiles a kernel for every shape of a matrix product and keeps 1,024 of them; the
     shapes of one epoch need a few thousand. glibc hands large blocks back to the kernel as soon
