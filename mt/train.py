@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,8 @@ from mt.runs import Run, locked, open_run
 from mt.runtime import Runtime, describe_machine
 from mt.trainer import StepResult, Trainer
 from mt.validate import Validator
+
+STEPS_AHEAD = 8  # that the host may be of a GPU
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +135,8 @@ class TrainingRun:
         self.best_score = -math.inf
         self.num_worse = 0  # validations since the best
         self.num_skipped = 0  # non-finite steps in a row
+        self.steps_ahead = 0 if runtime.device.type == "cpu" else STEPS_AHEAD
+        self.on_the_way: deque[StepResult] = deque()  # steps that the device may not have done
         self.seconds = 0.0  # of training, over all processes
         lengths = self.trainer.sources.lengths
         self.origin: dict[str, Any] = {  # of the weights; the same for all checkpoints
@@ -174,14 +179,16 @@ class TrainingRun:
         stopped_early, stopping = self._should_stop(), False
         with stop_requests() as requests:
             while trainer.step < self.max_steps and not stopped_early and not stopping:
-                results.append(self._step())
+                self.on_the_way.append(trainer.train_step())
                 last = trainer.step == self.max_steps
                 stopping = bool(requests)  # looked at once: a later one waits for the next step
-                if last or trainer.step % settings.log_every == 0:
+                validates = last or trainer.step % settings.validate_every == 0
+                saves = validates or stopping or self._is_planned(trainer.step)
+                results += self._arrived(0 if saves else self.steps_ahead)
+                if results and (last or trainer.step % settings.log_every == 0):
                     monitor.progress(self._summary(results, seconds=time.perf_counter() - start))
                     results, start = [], time.perf_counter()
-                validates = last or trainer.step % settings.validate_every == 0
-                if validates or stopping or self._is_planned(trainer.step):
+                if saves:
                     paused = time.perf_counter()
                     scores = self._validate(monitor) if validates else None
                     self.seconds = earlier_seconds + time.perf_counter() - begin
@@ -207,25 +214,30 @@ class TrainingRun:
 
     # One step
 
-    def _step(self) -> StepResult:
-        result = self.trainer.train_step()
-        self.num_skipped = self.num_skipped + 1 if result.skipped else 0
-        # In fp16 the first steps overflow until the loss scale has come down, 16 halvings at most.
-        normal = self.runtime.precision is Precision.fp16 and self.num_skipped <= 16
-        if result.skipped and not normal:
-            self._report_skipped(result)
-        return result
+    def _arrived(self, ahead: int) -> list[StepResult]:
+        """The steps that the device has done, but for the last ``ahead``; all are looked at."""
+        arrived = []
+        while len(self.on_the_way) > ahead:
+            result = self.on_the_way.popleft()
+            self.num_skipped = self.num_skipped + 1 if result.skipped else 0
+            # In fp16 the first steps overflow until the loss scale has come down, 16 halvings at
+            # most.
+            normal = self.runtime.precision is Precision.fp16 and self.num_skipped <= 16
+            if result.skipped and not normal:
+                self._report_skipped(result)
+            arrived.append(result)
+        return arrived
 
     def _report_skipped(self, result: StepResult) -> None:
         """Write down what made the loss or a gradient non-finite; give up after a few in a row."""
         indices = [int(index) for batch in result.batches for index in batch.indices]
         rows = self.corpus.train[indices]
-        name = f"nonfinite-{self.trainer.step:08d}.json"
+        name = f"nonfinite-{result.step:08d}.json"
         self.run.write(
             name,
             {
-                "step": self.trainer.step,
-                "loss": str(float(result.loss)),
+                "step": result.step,
+                "loss": str(result.loss),
                 "gradient_norm": str(result.gradient_norm),
                 "learning_rate": result.learning_rate,
                 "weight_norms": {
@@ -242,7 +254,7 @@ class TrainingRun:
         )
         log.warning(
             "step %d: the loss or a gradient is not finite; step skipped, its sentences are in %s",
-            self.trainer.step,
+            result.step,
             self.run.path / name,
         )
         if self.num_skipped >= self.config.train.max_skipped:
@@ -252,11 +264,11 @@ class TrainingRun:
             )
 
     def _summary(self, results: list[StepResult], *, seconds: float) -> Progress:
-        """The steps since the last summary; the one place where the host waits for losses."""
+        """The steps since the last summary."""
         num_tokens = sum(result.num_tokens for result in results)
-        losses = [float(result.loss) for result in results if not result.skipped]
+        losses = [result.loss for result in results if not result.skipped]
         kept_tokens = sum(result.num_tokens for result in results if not result.skipped)
-        length_losses = [float(result.length_loss) for result in results if not result.skipped]
+        length_losses = [result.length_loss for result in results if not result.skipped]
         sentences = sum(result.num_sentences for result in results if not result.skipped)
         return Progress(
             step=self.trainer.step,
