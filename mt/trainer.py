@@ -14,10 +14,10 @@ from mt.batching import Batch, BatchOrder, PlannedBatch, Sequences, collate
 from mt.checkpoint import TrainerState, set_weights, unique_weights
 from mt.config import Config, Precision, TrainConfig
 from mt.corpus import Corpus
-from mt.loss import cross_entropy, length_loss
+from mt.loss import length_loss, linear_cross_entropy
 from mt.model import Transformer
 from mt.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from mt.runtime import Runtime, is_out_of_memory
+from mt.runtime import Runtime, compiles, is_out_of_memory
 from mt.tokenizer import PAD
 
 
@@ -91,8 +91,8 @@ class Losses(nn.Module):
         length head's loss summed over the sentences)."""
         memory = self.model.encode(source, source_mask)
         states = self.model.decode(target_in, memory, source_mask)
-        loss = cross_entropy(
-            self.model.logits(states), target_out, smoothing=self.smoothing, ignore=PAD
+        loss = linear_cross_entropy(
+            states, self.model.output_table, target_out, smoothing=self.smoothing, ignore=PAD
         )
         if self.model.length_head is None:
             return loss, torch.zeros_like(loss)
@@ -138,7 +138,10 @@ class Trainer:
         self.working = self.model
         if runtime.precision is not Precision.fp32:
             self.working = copy.deepcopy(self.model).to(runtime.dtype)
-        self.losses = Losses(self.working, smoothing=config.train.label_smoothing)
+        self.losses: nn.Module = Losses(self.working, smoothing=config.train.label_smoothing)
+        if compiles(config.train.compile, runtime.device):
+            # Lengths and sizes stay symbols: one compilation, where every shape would have its own.
+            self.losses = torch.compile(self.losses, dynamic=True)  # type: ignore[assignment]
         self.optimizers = build_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.precision is Precision.fp16
@@ -149,6 +152,7 @@ class Trainer:
 
         self.sources = Sequences(corpus.train.data.column("source_ids").chunks)
         self.targets = Sequences(corpus.train.data.column("target_ids").chunks)
+        assert isinstance(config.train.batch_tokens, int)  # auto is resolved by now
         self.order = BatchOrder(
             self.sources.lengths + 1,  # EOS
             self.targets.lengths + 1,
