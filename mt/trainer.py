@@ -258,11 +258,22 @@ class Trainer:
         """Add the working copy's gradients to the fp32 ones."""
         if self.working is self.model:
             return
+        sums: list[Tensor] = []
+        gradients: list[Tensor] = []
+        first = True
         for own, worker in zip(self.parameters, self.working.parameters(), strict=True):
             if worker.grad is None:
                 continue
-            gradient = worker.grad.float()
-            own.grad = gradient if own.grad is None else own.grad.add_(gradient)
+            first = own.grad is None
+            if own.grad is None:
+                own.grad = torch.empty_like(own)
+            sums.append(own.grad)
+            gradients.append(worker.grad)
+        if first:
+            torch._foreach_copy_(sums, gradients)
+        else:
+            torch._foreach_add_(sums, gradients)
+        for worker in self.working.parameters():
             worker.grad = None
 
     def _clip_gradients(self, total: Tensor) -> tuple[Tensor, Tensor]:
