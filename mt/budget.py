@@ -1,11 +1,13 @@
 """What is settled before the first step of a run: device, precision, threads, number of steps."""
 
+import dataclasses
 import logging
 import math
 import time
 
 from mt.config import Config, Device, Precision
 from mt.corpus import Corpus
+from mt.ranks import agree, is_first, world_size
 from mt.runs import Run
 from mt.runtime import Runtime, resolve
 from mt.trainer import Trainer
@@ -19,9 +21,12 @@ log = logging.getLogger(__name__)
 def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
     """Resolve what is ``auto``, and the number of steps; once a run, saved before its first step.
 
+    All processes come to the same, but for their own threads and GPU.
+
     Raises: ValueError when the corpus is not the one that the run began with.
     """
-    saved = run.resolved()
+    saved = agree(run.resolved)
+    settings = config.train
     if saved is not None:
         if saved["corpus"] != corpus.fingerprint:
             raise ValueError(
@@ -32,7 +37,10 @@ def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
             runtime = resolve(
                 device=Device(saved["device"]),
                 precision=Precision(saved["precision"]),
-                num_threads=saved["num_threads"],
+                # Other processes than then share the machine in another way.
+                num_threads=saved["num_threads"]
+                if saved.get("num_processes", 1) == world_size()
+                else settings.num_threads,
             )
         except ValueError as error:
             raise ValueError(
@@ -41,22 +49,29 @@ def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
             ) from error
         log.info("device %s", runtime)
         return runtime, saved["max_steps"]
-    settings = config.train
     runtime = resolve(
         device=settings.device, precision=settings.precision, num_threads=settings.num_threads
     )
+    device, precision = agree(lambda: (runtime.device.type, runtime.precision))
+    if device != runtime.device.type:
+        raise ValueError(
+            f"one process found {device}, another {runtime.device.type}; set train.device"
+        )
+    runtime = dataclasses.replace(runtime, precision=precision)
     log.info("device %s", runtime)
     max_steps = count_steps(config, corpus, runtime)
-    run.write(
-        "resolved.json",
-        {
-            "device": runtime.device.type,
-            "precision": runtime.precision.value,
-            "num_threads": runtime.num_threads,
-            "max_steps": max_steps,
-            "corpus": corpus.fingerprint,
-        },
-    )
+    if is_first():
+        run.write(
+            "resolved.json",
+            {
+                "device": runtime.device.type,
+                "precision": runtime.precision.value,
+                "num_threads": runtime.num_threads,
+                "num_processes": runtime.world_size,
+                "max_steps": max_steps,
+                "corpus": corpus.fingerprint,
+            },
+        )
     return runtime, max_steps
 
 
@@ -87,12 +102,15 @@ def count_steps(config: Config, corpus: Corpus, runtime: Runtime) -> int:
 
 
 def step_seconds(trial: Trainer, *, warm_up: float = 5.0, measured: float = 10.0) -> float:
-    """The mean duration of a step, after some that compile kernels and fill caches."""
+    """The mean duration of a step, after some that compile kernels and fill caches.
+
+    The first process's clock decides for all: they must take the same number of steps.
+    """
     start = time.perf_counter()
-    while time.perf_counter() - start < warm_up:
+    while agree(lambda: time.perf_counter() - start < warm_up):
         trial.train_step()
-    steps, start = 0, time.perf_counter()
-    while time.perf_counter() - start < measured or steps < 5:
+    steps, begin = 0, time.perf_counter()
+    while agree(lambda: time.perf_counter() - begin < measured) or steps < 5:
         trial.train_step()
         steps += 1
-    return (time.perf_counter() - start) / steps
+    return agree(lambda: (time.perf_counter() - begin) / steps)

@@ -42,6 +42,7 @@ from mt.config import (
 from mt.corpus import Corpus, prepare
 from mt.evaluate import evaluate, table
 from mt.monitor import Monitor, Progress, Validation, clock, logged_to
+from mt.ranks import agree, is_first, joined, largest, world_size
 from mt.runs import Run, locked, open_run
 from mt.runtime import Runtime, describe_machine
 from mt.trainer import StepResult, Trainer
@@ -55,24 +56,57 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> Path:
     """Train a model, or go on with a training; score it; return its run directory.
 
+    Where torchrun has started several processes, they train it together.
+
     Raises: ValueError for everything that the user can put right; SystemExit after Ctrl-C or
     SIGTERM, when the checkpoint is written.
     """
-    corpus = prepare(config.data, config.tokenizer)
-    run = open_run(config)
-    with locked(run), logged_to(run.path / "train.log"):
-        log.info("run %s", run.path)
-        runtime, max_steps = settle(run, config, corpus)
-        if run.is_finished:
-            log.info("it is finished already; train.resume=never starts another one")
-        else:
-            TrainingRun(config, run, corpus, runtime, max_steps=max_steps).complete()
-        if config.train.final_eval is not FinalEval.none:
-            score(config, run, runtime)
-        log.info(
-            '\nTranslate with it:\n  .venv/bin/python scripts/translate.py -m %s "..."', run.path
-        )
+    with joined():
+        corpus = shared_corpus(config)
+        run = agree(lambda: open_run(config))
+        with written_by_first(run):
+            log.info("run %s", run.path)
+            runtime, max_steps = settle(run, config, corpus)
+            if agree(lambda: run.is_finished):
+                log.info("it is finished already; train.resume=never starts another one")
+            else:
+                TrainingRun(config, run, corpus, runtime, max_steps=max_steps).complete()
+            if is_first() and config.train.final_eval is not FinalEval.none:
+                score(config, run, runtime)
+            log.info(
+                '\nTranslate with it:\n  .venv/bin/python scripts/translate.py -m %s "..."',
+                run.path,
+            )
     return run.path
+
+
+def shared_corpus(config: Config) -> Corpus:
+    """The prepared corpus: the first process makes it, where need be, and all read its files."""
+    try:
+        return agree(lambda: prepare(config.data, config.tokenizer))
+    except FileNotFoundError as error:
+        if is_first():
+            raise
+        raise ValueError(
+            f"{error.filename} is on another machine only; start all processes in one folder "
+            "that all machines share"
+        ) from error
+
+
+@contextmanager
+def written_by_first(run: Run) -> Iterator[None]:
+    """The first process holds the run's lock and logs; the others keep quiet."""
+    if is_first():
+        with locked(run), logged_to(run.path / "train.log"):
+            yield
+        return
+    root = logging.getLogger("mt")
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def score(config: Config, run: Run, runtime: Runtime) -> None:
@@ -102,15 +136,21 @@ def score(config: Config, run: Run, runtime: Runtime) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, to stop between two steps; a second one stops at once."""
+    """Collect SIGINT and SIGTERM, to stop between two steps; a second one stops at once.
+
+    Among several processes it does not: torchrun passes on what they may have had already.
+    """
     received: list[int] = []
+    alone, first = world_size() == 1, is_first()
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and alone:
             raise KeyboardInterrupt
+        if not received and first:
+            once_more = b"; once more stops without saving" if alone else b""
+            # What logs is not safe in a handler.
+            os.write(2, b"\nstopping after this step" + once_more + b"\n")
         received.append(number)
-        message = b"\nstopping after this step; once more stops without saving\n"
-        os.write(2, message)  # what logs is not safe in a handler
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -146,10 +186,11 @@ class TrainingRun:
             **provenance(),
         }
         self.validator = Validator(config, corpus, runtime)
-        for leftover in run.checkpoints.glob(".step-*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        if run.last is not None:
-            self._restore(run.last)
+        if is_first():
+            for leftover in run.checkpoints.glob(".step-*"):  # of a process that was killed
+                shutil.rmtree(leftover)
+        if (last := agree(lambda: run.last)) is not None:
+            self._restore(last)
 
     def complete(self) -> None:
         """Take the steps that are left, then average checkpoints if that is asked for."""
@@ -172,36 +213,46 @@ class TrainingRun:
             )
         if trainer.step:
             log.info("going on from step %d", trainer.step)
-        monitor = Monitor(self.run.path, first_step=trainer.step, max_steps=self.max_steps)
+        monitor: Monitor | None = None
+        if is_first():
+            monitor = Monitor(self.run.path, first_step=trainer.step, max_steps=self.max_steps)
         results: list[StepResult] = []
         start = time.perf_counter()
         earlier_seconds, begin = self.seconds, start
-        stopped_early, stopping = self._should_stop(), False
+        stopped_early, stopping = self._should_stop(), 0
         with stop_requests() as requests:
             while trainer.step < self.max_steps and not stopped_early and not stopping:
                 self.on_the_way.append(trainer.train_step())
                 last = trainer.step == self.max_steps
-                stopping = bool(requests)  # looked at once: a later one waits for the next step
+                # Looked at once: a later one waits for the next step.
+                stopping = largest(requests[0] if requests else 0)
                 validates = last or trainer.step % settings.validate_every == 0
                 saves = validates or stopping or self._is_planned(trainer.step)
                 results += self._arrived(0 if saves else self.steps_ahead)
                 if results and (last or trainer.step % settings.log_every == 0):
-                    monitor.progress(self._summary(results, seconds=time.perf_counter() - start))
+                    if monitor is not None:
+                        seconds = time.perf_counter() - start
+                        monitor.progress(self._summary(results, seconds=seconds))
                     results, start = [], time.perf_counter()
                 if saves:
                     paused = time.perf_counter()
-                    scores = self._validate(monitor) if validates else None
-                    self.seconds = earlier_seconds + time.perf_counter() - begin
-                    self._save(scores)
+                    if monitor is not None:
+                        scores = self._validate(monitor) if validates else None
+                        self.seconds = earlier_seconds + time.perf_counter() - begin
+                        self._save(scores)
+                    stopped_early = agree(self._should_stop)
                     start += time.perf_counter() - paused
-                    stopped_early = self._should_stop()
-            if requests:
-                monitor.close()
+            stopping = largest(requests[0] if requests else 0)
+            if stopping:
+                if monitor is not None:
+                    monitor.close()
                 again = "the same command"
                 if settings.resume is Resume.never:
                     again = f"train.run_name={self.run.path.name} without train.resume=never"
                 log.info("stopped at step %d; %s goes on from there", trainer.step, again)
-                raise SystemExit(128 + requests[0])
+                raise SystemExit(128 + stopping)
+        if monitor is None:
+            return
         self.seconds = earlier_seconds + time.perf_counter() - begin
         if settings.average:
             self._average(monitor)
@@ -230,9 +281,23 @@ class TrainingRun:
 
     def _report_skipped(self, result: StepResult) -> None:
         """Write down what made the loss or a gradient non-finite; give up after a few in a row."""
+        name = f"nonfinite-{result.step:08d}.json"
+        if is_first():
+            self._write_down(result, name)
+        log.warning(
+            "step %d: the loss or a gradient is not finite; step skipped, its sentences are in %s",
+            result.step,
+            self.run.path / name,
+        )
+        if self.num_skipped >= self.config.train.max_skipped:
+            raise ValueError(
+                f"{self.num_skipped} non-finite steps in a row, the last in {self.run.path / name}."
+                " Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
+            )
+
+    def _write_down(self, result: StepResult, name: str) -> None:
         indices = [int(index) for batch in result.batches for index in batch.indices]
         rows = self.corpus.train[indices]
-        name = f"nonfinite-{result.step:08d}.json"
         self.run.write(
             name,
             {
@@ -252,16 +317,6 @@ class TrainingRun:
                 ],
             },
         )
-        log.warning(
-            "step %d: the loss or a gradient is not finite; step skipped, its sentences are in %s",
-            result.step,
-            self.run.path / name,
-        )
-        if self.num_skipped >= self.config.train.max_skipped:
-            raise ValueError(
-                f"{self.num_skipped} non-finite steps in a row, the last in {self.run.path / name}."
-                " Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
-            )
 
     def _summary(self, results: list[StepResult], *, seconds: float) -> Progress:
         """The steps since the last summary."""

@@ -1,6 +1,7 @@
 """The training step, and all the state that it changes."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mt.corpus import Corpus
 from mt.loss import length_loss, linear_cross_entropy
 from mt.model import Transformer
 from mt.optim import build_optimizers, learning_rate_scale, set_learning_rate
+from mt.ranks import add_up, shared
 from mt.runtime import Runtime, compiles, is_out_of_memory
 from mt.tokenizer import PAD
 
@@ -117,6 +119,18 @@ def advice_on_memory(batch: Batch, config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
+def deal(batch: PlannedBatch, *, rank: int, world_size: int) -> tuple[PlannedBatch, bool]:
+    """(a process's rows of a batch, in the batch's shape; whether they count).
+
+    All processes have about the same to do. One that gets no row of a small batch does a row that
+    does not count: every process must take part in every exchange of gradients.
+    """
+    indices = batch.indices[rank::world_size]
+    if len(indices):
+        return dataclasses.replace(batch, indices=indices), True
+    return dataclasses.replace(batch, indices=batch.indices[:1]), False
+
+
 class Trainer:
     """A model in training.
 
@@ -124,6 +138,9 @@ class Trainer:
     and backward pass: its weights are rounded from the fp32 ones after every step, and its
     gradients are added up in fp32. (Autocast would convert weights and activations in every
     layer instead, which takes a tenth of the time of a small model.)
+
+    Several processes hold the same weights. Each of them does its rows of every batch; gradients
+    and losses are added up, and all take the same step.
     """
 
     def __init__(
@@ -142,6 +159,8 @@ class Trainer:
         if compiles(config.train.compile, runtime.device):
             # Lengths and sizes stay symbols: one compilation, where every shape would have its own.
             self.losses = torch.compile(self.losses, dynamic=True)  # type: ignore[assignment]
+        if runtime.world_size > 1:
+            self.losses = shared(self.losses)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.precision is Precision.fp16
@@ -189,17 +208,23 @@ class Trainer:
         self._seed_dropout()
 
         # Every loss is a sum, divided by what the whole step holds: how the sentences are dealt
-        # into batches changes nothing.
+        # into batches, and batches among processes, changes nothing. What is shared is the mean
+        # of the processes' gradients, so each loss is multiplied by their number.
         self.working.train()
         total = torch.zeros(2, device=self.runtime.device)
-        for batch in map(self._load, planned):
+        for whole in planned:
+            part, counts = deal(whole, rank=self.runtime.rank, world_size=self.runtime.world_size)
+            batch = self._load(part)
             with advice_on_memory(batch, config):
                 loss, ratio_loss = self._losses(batch)
                 objective = loss / num_tokens + config.length_loss * ratio_loss / num_sentences
-                self.scaler.scale(objective).backward()
+                weight = self.runtime.world_size * counts
+                self.scaler.scale(weight * objective).backward()
             self._collect_gradients()
-            total += torch.stack([loss.detach(), ratio_loss.detach()])
+            total += counts * torch.stack([loss.detach(), ratio_loss.detach()])
 
+        if self.runtime.world_size > 1:
+            add_up(total)
         norm, skipped = self._clip_gradients(total)
         for optimizer in self.optimizers:
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -246,7 +271,10 @@ class Trainer:
 
     def _seed_dropout(self) -> None:
         """Make what is dropped a function of the seed and the step alone, as the batches are."""
-        numbers = np.random.SeedSequence([self.config.train.seed, self.step])
+        entropy = [self.config.train.seed, self.step]
+        if self.runtime.rank > 0:
+            entropy.append(self.runtime.rank)
+        numbers = np.random.SeedSequence(entropy)
         torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
