@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mt.config import (
+    AUTO,
     Config,
     Device,
     EvalConfig,
@@ -172,7 +173,7 @@ def _train_rules(config: Config) -> dict[str, bool]:
             train.average > train.keep
         ),
         f"train.batch_tokens={train.batch_tokens}: must be a whole number, or auto": (
-            isinstance(train.batch_tokens, str) and train.batch_tokens != "auto"
+            isinstance(train.batch_tokens, str) and train.batch_tokens != AUTO
         ),
         f"train.metric={train.metric.value}: needs train.valid_sentences above 0 "
         "(or train.metric=loss)": (train.metric is not Metric.loss and train.valid_sentences == 0),

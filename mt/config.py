@@ -109,6 +109,9 @@ class FinalEval(Enum):
     none = "none"
 
 
+AUTO = "auto"  # of a setting that is otherwise a number
+
+
 @dataclass(kw_only=True, slots=True)
 class CleanConfig:
     """The cleaning rules, in the order in which they apply. Each can be switched off."""

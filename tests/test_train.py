@@ -643,10 +643,11 @@ def test_out_of_memory_says_what_helps(
         raise error
 
     monkeypatch.setattr(Trainer, "_losses", losses)
-    planned = trainer(config).planned[0]
+    model = trainer(config)
+    planned = model.planned[0]
     words = f"{len(planned.indices)} sentences.*length {planned.target_length}.*batch_tokens"
     with pytest.raises(ValueError, match=words):
-        train(config)
+        model.train_step()
 
 
 # How long
