@@ -5,8 +5,9 @@ import logging
 import math
 import time
 
-from mt.config import Config, Device, Precision
+from mt.config import AUTO, Config, Device, Precision
 from mt.corpus import Corpus
+from mt.preflight import largest_batch_tokens, rehearse, with_batch_tokens
 from mt.ranks import agree, is_first, world_size
 from mt.runs import Run
 from mt.runtime import Runtime, resolve
@@ -18,12 +19,14 @@ VALID_SHARE = 0.07  # of train.max_minutes: what validations and checkpoints tak
 log = logging.getLogger(__name__)
 
 
-def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
+def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Config, Runtime, int]:
     """Resolve what is ``auto``, and the number of steps; once a run, saved before its first step.
 
-    All processes come to the same, but for their own threads and GPU.
+    All processes come to the same, but for their own threads and GPU. The config that is returned
+    has a number for ``train.batch_tokens``.
 
-    Raises: ValueError when the corpus is not the one that the run began with.
+    Raises: ValueError when the corpus is not the one that the run began with, or a batch does not
+    fit into memory.
     """
     saved = agree(run.resolved)
     settings = config.train
@@ -48,7 +51,8 @@ def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
                 "another run with train.resume=never"
             ) from error
         log.info("device %s", runtime)
-        return runtime, saved["max_steps"]
+        tokens = saved.get("batch_tokens", settings.batch_tokens)
+        return with_batch_tokens(config, tokens), runtime, saved["max_steps"]
     runtime = resolve(
         device=settings.device, precision=settings.precision, num_threads=settings.num_threads
     )
@@ -59,6 +63,9 @@ def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
         )
     runtime = dataclasses.replace(runtime, precision=precision)
     log.info("device %s", runtime)
+    if settings.batch_tokens == AUTO:
+        tokens = agree(lambda: largest_batch_tokens(config, corpus, runtime))
+        config = with_batch_tokens(config, tokens)
     max_steps = count_steps(config, corpus, runtime)
     if is_first():
         run.write(
@@ -68,32 +75,34 @@ def settle(run: Run, config: Config, corpus: Corpus) -> tuple[Runtime, int]:
                 "precision": runtime.precision.value,
                 "num_threads": runtime.num_threads,
                 "num_processes": runtime.world_size,
+                "batch_tokens": config.train.batch_tokens,
                 "max_steps": max_steps,
                 "corpus": corpus.fingerprint,
             },
         )
-    return runtime, max_steps
+    return config, runtime, max_steps
 
 
 def count_steps(config: Config, corpus: Corpus, runtime: Runtime) -> int:
     """The steps that ``max_steps``, ``max_epochs`` and ``max_minutes`` allow.
 
-    For ``max_minutes`` a throwaway model takes some steps first, to see how long they last.
+    A throwaway model takes some steps first: on the longest batches, to see that they fit into
+    memory, and for ``max_minutes`` on others, to see how long they last.
     """
     settings = config.train
     limits: dict[str, int] = {}
+    trial = Trainer(config, corpus, runtime, max_steps=None)
+    rehearse(trial)
     if settings.max_steps is not None:
         limits["max_steps"] = settings.max_steps
-    if settings.max_epochs is not None or settings.max_minutes is not None:
-        trial = Trainer(config, corpus, runtime, max_steps=None)
-        if settings.max_epochs is not None:
-            steps_an_epoch = len(trial.planned) / settings.accumulate
-            limits["max_epochs"] = math.ceil(settings.max_epochs * steps_an_epoch)
-        if settings.max_minutes is not None:
-            seconds = step_seconds(trial)
-            budget = settings.max_minutes * 60 * (1 - VALID_SHARE)
-            limits["max_minutes"] = max(1, int(budget / seconds))
-            log.info("a step takes %.0f ms", 1000 * seconds)
+    if settings.max_epochs is not None:
+        steps_an_epoch = len(trial.planned) / settings.accumulate
+        limits["max_epochs"] = math.ceil(settings.max_epochs * steps_an_epoch)
+    if settings.max_minutes is not None:
+        seconds = step_seconds(trial)
+        budget = settings.max_minutes * 60 * (1 - VALID_SHARE)
+        limits["max_minutes"] = max(1, int(budget / seconds))
+        log.info("a step takes %.0f ms", 1000 * seconds)
     if not limits:
         return DEFAULT_STEPS
     name = min(limits, key=lambda name: limits[name])

@@ -112,12 +112,9 @@ def largest(number: int) -> int:
 
 def add_up(numbers: Tensor) -> None:
     """Replace numbers by their sums over all processes, on their device."""
-    if world_size() > 1:
-        distributed.all_reduce(numbers)
+    distributed.all_reduce(numbers)
 
 
 def shared(module: nn.Module) -> nn.Module:
     """A module whose gradients are the means over all processes, once backward is done."""
-    if world_size() == 1:
-        return module
     return DistributedDataParallel(module, gradient_as_bucket_view=True)

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -160,7 +161,22 @@ def _tune_cpu_libraries() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def compiles(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to compile the model; by default on CUDA, where it pays after a few hundred steps.
+
+    Raises: ValueError when it is wanted and there is no C compiler.
+    """
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return False
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    if not has_compiler and wanted:
+        raise ValueError("train.compile=true needs a C compiler (cc, gcc or clang); install one")
+    if not has_compiler:
+        log.warning("without a C compiler (cc, gcc or clang) training is not compiled, and slower")
+    return has_compiler
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or on the CPU."""
     words = str(error).lower()
     return "out of memory" in words or "can't allocate memory" in words

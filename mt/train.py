@@ -66,7 +66,7 @@ def train(config: Config) -> Path:
         run = agree(lambda: open_run(config))
         with written_by_first(run):
             log.info("run %s", run.path)
-            runtime, max_steps = settle(run, config, corpus)
+            config, runtime, max_steps = settle(run, config, corpus)
             if agree(lambda: run.is_finished):
                 log.info("it is finished already; train.resume=never starts another one")
             else:
@@ -335,6 +335,10 @@ class TrainingRun:
             padding_share=sum(result.num_padding for result in results)
             / sum(result.num_positions for result in results),
             epoch=self.trainer.epochs,
+            epoch_seconds=seconds
+            / len(results)
+            * len(self.trainer.planned)
+            / self.config.train.accumulate,
         )
 
     # Validation

@@ -15,11 +15,11 @@ from mt.batching import Batch, BatchOrder, PlannedBatch, Sequences, collate
 from mt.checkpoint import TrainerState, set_weights, unique_weights
 from mt.config import Config, Precision, TrainConfig
 from mt.corpus import Corpus
-from mt.loss import cross_entropy, length_loss
+from mt.loss import length_loss, linear_cross_entropy
 from mt.model import Transformer
 from mt.optim import build_optimizers, learning_rate_scale, set_learning_rate
 from mt.ranks import add_up, shared
-from mt.runtime import Runtime, is_out_of_memory
+from mt.runtime import Runtime, compiles, is_out_of_memory
 from mt.tokenizer import PAD
 
 
@@ -93,8 +93,8 @@ class Losses(nn.Module):
         length head's loss summed over the sentences)."""
         memory = self.model.encode(source, source_mask)
         states = self.model.decode(target_in, memory, source_mask)
-        loss = cross_entropy(
-            self.model.logits(states), target_out, smoothing=self.smoothing, ignore=PAD
+        loss = linear_cross_entropy(
+            states, self.model.output_table, target_out, smoothing=self.smoothing, ignore=PAD
         )
         if self.model.length_head is None:
             return loss, torch.zeros_like(loss)
@@ -155,7 +155,12 @@ class Trainer:
         self.working = self.model
         if runtime.precision is not Precision.fp32:
             self.working = copy.deepcopy(self.model).to(runtime.dtype)
-        self.losses = shared(Losses(self.working, smoothing=config.train.label_smoothing))
+        self.losses: nn.Module = Losses(self.working, smoothing=config.train.label_smoothing)
+        if compiles(config.train.compile, runtime.device):
+            # Lengths and sizes stay symbols: one compilation, where every shape would have its own.
+            self.losses = torch.compile(self.losses, dynamic=True)  # type: ignore[assignment]
+        if runtime.world_size > 1:
+            self.losses = shared(self.losses)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.precision is Precision.fp16
@@ -166,6 +171,7 @@ class Trainer:
 
         self.sources = Sequences(corpus.train.data.column("source_ids").chunks)
         self.targets = Sequences(corpus.train.data.column("target_ids").chunks)
+        assert isinstance(config.train.batch_tokens, int)  # auto is resolved by now
         self.order = BatchOrder(
             self.sources.lengths + 1,  # EOS
             self.targets.lengths + 1,
@@ -217,7 +223,8 @@ class Trainer:
             self._collect_gradients()
             total += counts * torch.stack([loss.detach(), ratio_loss.detach()])
 
-        add_up(total)
+        if self.runtime.world_size > 1:
+            add_up(total)
         norm, skipped = self._clip_gradients(total)
         for optimizer in self.optimizers:
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -279,11 +286,22 @@ class Trainer:
         """Add the working copy's gradients to the fp32 ones."""
         if self.working is self.model:
             return
+        sums: list[Tensor] = []
+        gradients: list[Tensor] = []
+        first = True
         for own, worker in zip(self.parameters, self.working.parameters(), strict=True):
             if worker.grad is None:
                 continue
-            gradient = worker.grad.float()
-            own.grad = gradient if own.grad is None else own.grad.add_(gradient)
+            first = own.grad is None
+            if own.grad is None:
+                own.grad = torch.empty_like(own)
+            sums.append(own.grad)
+            gradients.append(worker.grad)
+        if first:
+            torch._foreach_copy_(sums, gradients)
+        else:
+            torch._foreach_add_(sums, gradients)
+        for worker in self.working.parameters():
             worker.grad = None
 
     def _clip_gradients(self, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ LAYERS: dict[str, set[str]] = {
     "validate": {
         "batching", "corpus", "evaluate", "model", "monitor", "runtime", "translate",
     },
-    "budget": {"corpus", "ranks", "runs", "runtime", "trainer"},
+    "preflight": {"batching", "corpus", "runtime", "trainer"},
+    "budget": {"corpus", "preflight", "ranks", "runs", "runtime", "trainer"},
     "train": {
         "budget", "checkpoint", "corpus", "evaluate", "monitor", "ranks", "runs", "runtime",
         "trainer", "validate",
