@@ -1,0 +1,272 @@
+"""The peer: a Transformer of the same size in Hugging Face transformers, trained by its Trainer.
+
+Only this file needs the optional packages (``pip install .[bench]``).
+"""
+
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    MarianConfig,
+    MarianMTModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+
+from bench_machine import synchronize
+from bench_train import Round
+from mt.batching import pad
+from mt.config import Activation, Config, ModelConfig, Precision
+from mt.corpus import Corpus
+from mt.runtime import DTYPES, Runtime
+from mt.tokenizer import BOS, EOS, PAD
+
+IGNORED = -100  # a label that does not count
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def marian(config: ModelConfig, *, vocab_size: int, attention: str) -> MarianMTModel:
+    """A MarianMTModel of the same shape, with random weights."""
+    assert config.activation is Activation.relu
+    return MarianMTModel(
+        MarianConfig(
+            vocab_size=vocab_size,
+            d_model=config.dim,
+            encoder_layers=config.encoder_layers,
+            decoder_layers=config.decoder_layers,
+            encoder_attention_heads=config.num_heads,
+            decoder_attention_heads=config.num_heads,
+            encoder_ffn_dim=config.ffn_dim,
+            decoder_ffn_dim=config.ffn_dim,
+            activation_function="relu",
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            activation_dropout=config.ffn_dropout,
+            scale_embedding=True,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            decoder_start_token_id=BOS,
+            forced_eos_token_id=EOS,
+            attn_implementation=attention,
+        )
+    )
+
+
+class Collator:
+    """Pairs of ids into padded tensors, as the model wants them; keeps count."""
+
+    def __init__(self) -> None:
+        self.counts: list[tuple[int, int, int, int]] = []  # a batch, as in Round
+
+    def __call__(self, pairs: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        source = pad([pair["input_ids"] for pair in pairs])
+        target = pad([pair["labels"] for pair in pairs])
+        num_tokens = int((target != PAD).sum())
+        num_positions = source.numel() + target.numel()
+        num_padding = num_positions - int((source != PAD).sum()) - num_tokens
+        self.counts.append((len(pairs), num_tokens, num_positions, num_padding))
+        return {
+            "input_ids": source,
+            "attention_mask": (source != PAD).long(),
+            "decoder_input_ids": torch.cat(
+                [torch.full((len(pairs), 1), BOS), target[:, :-1]], dim=1
+            ),
+            "labels": target.masked_fill(target == PAD, IGNORED),
+        }
+
+
+class Clock(TrainerCallback):
+    """Stops a training after some seconds, which begin after the warm-up steps."""
+
+    def __init__(self, seconds: float, *, num_warm_up: int, device: torch.device) -> None:
+        self.seconds = seconds
+        self.num_warm_up = num_warm_up
+        self.device = device
+        self.start = 0.0
+        self.end = 0.0
+        self.num_steps = 0  # measured
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the clock; ask for the end when the time is over."""
+        if state.global_step < self.num_warm_up:
+            return
+        synchronize(self.device)
+        self.end = time.perf_counter()
+        if state.global_step == self.num_warm_up:
+            self.start = self.end
+            return
+        self.num_steps = state.global_step - self.num_warm_up
+        if self.end - self.start >= self.seconds:
+            control.should_training_stop = True
+
+
+class PeerTraining:
+    """MarianMTModel under Seq2SeqTrainer, on the ids that ours is trained on.
+
+    Length-grouped batches of a fixed number of sentences. Logging, checkpoints, evaluation and
+    the look for NaN losses are off.
+    """
+
+    ATTENTIONS: ClassVar = ("eager", "sdpa")
+    WARM_UP: ClassVar = 2  # steps before the clock starts, each time
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        runtime: Runtime,
+        *,
+        batch_size: int,
+        precision: Precision,
+        attention: str,
+    ) -> None:
+        self.config = config
+        self.vocab_size = len(corpus.tokenizer)
+        self.device = runtime.device
+        self.batch_size = batch_size
+        self.precision = precision
+        self.attention = attention
+        self.name = f"transformers {transformers.__version__}"
+        self.trials: dict[str, float] = {}
+        self.seed = 0
+        columns = (corpus.train[:][name] for name in ("source_ids", "target_ids"))
+        self.pairs = [
+            {"input_ids": [*source, EOS], "labels": [*target, EOS]}
+            for source, target in zip(*columns, strict=True)
+            if max(len(source), len(target)) < config.train.max_length
+        ]
+
+    @classmethod
+    def best(
+        cls, config: Config, corpus: Corpus, runtime: Runtime, *, batch_size: int
+    ) -> "PeerTraining":
+        """The fastest combination of precision and attention, after a short trial of each."""
+        trials = {}
+        candidates = {}
+        for precision in (Precision.fp32, Precision.bf16):
+            for attention in cls.ATTENTIONS:
+                candidate = cls(
+                    config,
+                    corpus,
+                    runtime,
+                    batch_size=batch_size,
+                    precision=precision,
+                    attention=attention,
+                )
+                name = f"{precision.value}, {attention}"
+                candidates[name] = candidate
+                trials[name] = candidate.run(6.0).speed
+        best = candidates[max(trials, key=lambda name: trials[name])]
+        best.trials = trials
+        return best
+
+    def run(self, seconds: float) -> Round:
+        """Train a fresh model for so long, then to the end of the step."""
+        self.seed += 1
+        torch.manual_seed(self.seed)
+        collator = Collator()
+        clock = Clock(seconds, num_warm_up=self.WARM_UP, device=self.device)
+        train = self.config.train
+        optim = self.config.optim
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            arguments = Seq2SeqTrainingArguments(
+                output_dir=folder,
+                max_steps=1_000_000,
+                per_device_train_batch_size=self.batch_size,
+                train_sampling_strategy="group_by_length",
+                optim="adamw_torch_fused",
+                learning_rate=optim.lr,
+                adam_beta1=optim.beta1,
+                adam_beta2=optim.beta2,
+                adam_epsilon=optim.eps,
+                weight_decay=optim.weight_decay,
+                max_grad_norm=optim.clip_norm or 0.0,
+                lr_scheduler_type="linear",
+                warmup_steps=optim.warmup_steps,
+                label_smoothing_factor=train.label_smoothing,
+                bf16=self.precision is Precision.bf16,
+                use_cpu=self.device.type == "cpu",
+                seed=self.seed,
+                logging_strategy="no",
+                logging_nan_inf_filter=False,
+                save_strategy="no",
+                eval_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
+            trainer = Seq2SeqTrainer(
+                model=marian(
+                    self.config.model, vocab_size=self.vocab_size, attention=self.attention
+                ),
+                args=arguments,
+                train_dataset=self.pairs,  # type: ignore[arg-type]
+                data_collator=collator,
+                callbacks=[clock],
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+        assert clock.num_steps > 0
+        counts = collator.counts[self.WARM_UP : self.WARM_UP + clock.num_steps]
+        sentences, tokens, positions, padding = (
+            sum(column) for column in zip(*counts, strict=True)
+        )
+        return Round(
+            seconds=clock.end - clock.start,
+            num_steps=clock.num_steps,
+            num_sentences=sentences,
+            num_tokens=tokens,
+            num_positions=positions,
+            num_padding=padding,
+        )
+
+
+class PeerDecoding:
+    """``generate`` of a MarianMTModel with random weights."""
+
+    ATTENTIONS: ClassVar = ("eager", "sdpa")
+    NAME: ClassVar = f"transformers {transformers.__version__}"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        precision: Precision,
+        attention: str,
+    ) -> None:
+        torch.manual_seed(1)
+        model = marian(config, vocab_size=vocab_size, attention=attention)
+        self.model = model.eval().to(device=device, dtype=DTYPES[precision])
+        self.device = device
+
+    def work(self, source: Tensor, *, beam_size: int, length: int) -> Callable[[], Tensor]:
+        """What translates source [B, S] into ``length`` pieces each, when called."""
+
+        def generate() -> Tensor:
+            ids = source.to(self.device)
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                num_beams=beam_size,
+                do_sample=False,
+                use_cache=True,
+                early_stopping=beam_size > 1,
+                min_new_tokens=length,
+                max_new_tokens=length,
+            )
+            assert output.shape == (len(source), 1 + length)
+            return output
+
+        return generate
