@@ -14,7 +14,6 @@ from mt.runtime import DTYPES, Runtime
 from mt.search import Hypothesis, beam_search
 from mt.tokenizer import EOS, UNK
 
-
 TRIAL = 1.0  # seconds for each precision and attention, to choose the best one
 
 
