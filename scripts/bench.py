@@ -61,6 +61,13 @@ def parse() -> argparse.Namespace:
     train.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     train.add_argument("--warm-up", type=float, default=10.0, help="seconds (default: 10)")
 
+    train.add_argument(
+        "--peer-choice",
+        metavar="CHOICE",
+        choices=[f"{a} {b}" for a in ("fp32", "bf16") for b in ("eager", "sdpa")],
+        help='the peer\'s precision and attention, such as "bf16 eager" (default: try all)',
+    )
+
     decode = command("decode", run_decode)
     decode.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256], metavar="B")
     decode.add_argument("--beam", type=int, nargs="+", default=[1, 5], metavar="K")
@@ -95,6 +102,7 @@ def run_train(options: argparse.Namespace) -> None:
         corpus,
         runtime,
         with_peer=options.peer is not None,
+        peer_choice=options.peer_choice,
         num_rounds=options.rounds,
         seconds=options.seconds,
         warm_up=options.warm_up,

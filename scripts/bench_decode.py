@@ -98,11 +98,14 @@ def measure_decoding(
         "ours": {precision.value: ours(precision) for precision in precisions}
     }
     if with_peer:
-        from bench_peer import PeerDecoding  # the only room that needs the optional packages
+        from bench_peer import (  # the only room that needs the optional packages
+            ATTENTIONS,
+            PeerDecoding,
+        )
 
         choices["peer"] = {}
         for precision in precisions:
-            for attention in PeerDecoding.ATTENTIONS:
+            for attention in ATTENTIONS:
                 decoding = PeerDecoding(
                     config,
                     vocab_size=vocab_size,
@@ -110,7 +113,7 @@ def measure_decoding(
                     precision=precision,
                     attention=attention,
                 )
-                choices["peer"][f"{precision.value}, {attention}"] = decoding.work(
+                choices["peer"][f"{precision.value} {attention}"] = decoding.work(
                     source, beam_size=beam_size, length=length
                 )
 

@@ -29,6 +29,10 @@ from mt.corpus import Corpus
 from mt.runtime import DTYPES, Runtime
 from mt.tokenizer import BOS, EOS, PAD
 
+PRECISIONS = (Precision.fp32, Precision.bf16)
+ATTENTIONS = ("eager", "sdpa")
+TRIAL = 4.0  # seconds for each of their combinations
+WARM_UP = 2  # steps before the clock starts, each time
 IGNORED = -100  # a label that does not count
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -117,8 +121,7 @@ class PeerTraining:
     the look for NaN losses are off.
     """
 
-    ATTENTIONS: ClassVar = ("eager", "sdpa")
-    WARM_UP: ClassVar = 2  # steps before the clock starts, each time
+    NAME: ClassVar = f"transformers {transformers.__version__}"
 
     def __init__(
         self,
@@ -136,7 +139,6 @@ class PeerTraining:
         self.batch_size = batch_size
         self.precision = precision
         self.attention = attention
-        self.name = f"transformers {transformers.__version__}"
         self.trials: dict[str, float] = {}
         self.seed = 0
         columns = (corpus.train[:][name] for name in ("source_ids", "target_ids"))
@@ -148,24 +150,30 @@ class PeerTraining:
 
     @classmethod
     def best(
-        cls, config: Config, corpus: Corpus, runtime: Runtime, *, batch_size: int
+        cls,
+        config: Config,
+        corpus: Corpus,
+        runtime: Runtime,
+        *,
+        batch_size: int,
+        choice: str | None,
     ) -> "PeerTraining":
         """The fastest combination of precision and attention, after a short trial of each."""
-        trials = {}
-        candidates = {}
-        for precision in (Precision.fp32, Precision.bf16):
-            for attention in cls.ATTENTIONS:
-                candidate = cls(
-                    config,
-                    corpus,
-                    runtime,
-                    batch_size=batch_size,
-                    precision=precision,
-                    attention=attention,
-                )
-                name = f"{precision.value}, {attention}"
-                candidates[name] = candidate
-                trials[name] = candidate.run(6.0).speed
+        candidates = {
+            f"{precision.value} {attention}": cls(
+                config,
+                corpus,
+                runtime,
+                batch_size=batch_size,
+                precision=precision,
+                attention=attention,
+            )
+            for precision in PRECISIONS
+            for attention in ATTENTIONS
+        }
+        if choice is not None:
+            return candidates[choice]
+        trials = {name: candidate.run(TRIAL).speed for name, candidate in candidates.items()}
         best = candidates[max(trials, key=lambda name: trials[name])]
         best.trials = trials
         return best
@@ -175,7 +183,7 @@ class PeerTraining:
         self.seed += 1
         torch.manual_seed(self.seed)
         collator = Collator()
-        clock = Clock(seconds, num_warm_up=self.WARM_UP, device=self.device)
+        clock = Clock(seconds, num_warm_up=WARM_UP, device=self.device)
         train = self.config.train
         optim = self.config.optim
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -217,7 +225,7 @@ class PeerTraining:
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
         assert clock.num_steps > 0
-        counts = collator.counts[self.WARM_UP : self.WARM_UP + clock.num_steps]
+        counts = collator.counts[WARM_UP : WARM_UP + clock.num_steps]
         sentences, tokens, positions, padding = (
             sum(column) for column in zip(*counts, strict=True)
         )
@@ -234,7 +242,6 @@ class PeerTraining:
 class PeerDecoding:
     """``generate`` of a MarianMTModel with random weights."""
 
-    ATTENTIONS: ClassVar = ("eager", "sdpa")
     NAME: ClassVar = f"transformers {transformers.__version__}"
 
     def __init__(

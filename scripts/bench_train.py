@@ -109,11 +109,15 @@ def measure_training(
     runtime: Runtime,
     *,
     with_peer: bool,
+    peer_choice: str | None,
     num_rounds: int,
     seconds: float,
     warm_up: float,
 ) -> dict[str, Any]:
-    """Train by turns: ours, the peer, ours with Muon, and again. A turn lasts ``seconds``."""
+    """Train by turns: ours, the peer, ours with Muon, and again. A turn lasts ``seconds``.
+
+    ``peer_choice`` is the peer's precision and attention ("bf16 eager"); None: try all.
+    """
     flops = flops_per_token(config, corpus)
     ours = OurTraining(config, corpus, runtime)
     first = ours.run(warm_up)
@@ -129,6 +133,7 @@ def measure_training(
             corpus,
             runtime,
             batch_size=round(first.num_sentences / first.num_steps),
+            choice=peer_choice,
         )
         peer.run(warm_up)
         sides["peer"] = peer
@@ -165,7 +170,6 @@ def measure_training(
     result["ours"]["peak_memory"] = memory
     result["ours"]["optimizer"] = config.optim.algorithm.value
     if with_peer:
-        result["peer"] |= {"name": peer.name, "attention": peer.attention}
-        result["peer"]["trials"] = peer.trials
+        result["peer"] |= {"name": peer.NAME, "attention": peer.attention, "trials": peer.trials}
         result["ratio"] = median_ratio(result["ours"]["rounds"], result["peer"]["rounds"])
     return result
