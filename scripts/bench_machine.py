@@ -1,5 +1,6 @@
 """What a measurement needs of the machine: its limit, its clock and its memory."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,14 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     products()
     seconds = statistics.median(seconds_of(products, device) for _ in range(5))
     return num_products * 2 * SIZE**3 / seconds
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from here on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench_machine import median_ratio, peak_memory, product_rate, synchronize
+from bench_machine import forget_peak_memory, median_ratio, peak_memory, product_rate, synchronize
 from mt.batching import Sequences
 from mt.config import Activation, Config, ModelConfig, Optimizer, Precision
 from mt.corpus import Corpus
@@ -132,6 +132,7 @@ def measure_training(
         target_lengths=target_lengths,
     ) / float(target_lengths.sum())
 
+    forget_peak_memory(runtime.device)
     ours = OurTraining(config, corpus, runtime)
     ours.run(warm_up)
     memory = peak_memory(runtime.device)  # before the others are in it
