@@ -32,7 +32,7 @@ def main() -> int:
         options.run(options)
     except KeyboardInterrupt:
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bench.py: error: {error}", file=sys.stderr)
         return 2
     return 0

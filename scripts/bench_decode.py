@@ -176,7 +176,7 @@ def measure_model(
             "num_calls": len(times),
         }
     ours = max(sides.values(), key=lambda side: side["sentences_per_second"])
-    subject = f"{Path(path).name}, {text.name}"
+    subject = f"{Path(path).resolve().name}, {text.name}"
     device = translator.device.type
     return {
         "kind": "decode",

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import files_config
+from tiny import SOURCES, files_config, save_tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_results as results
-from bench_decode import OurDecoding, measure_decoding, random_sources
+from bench_decode import OurDecoding, measure_decoding, measure_model, random_sources
 from bench_machine import median_ratio
 from bench_subject import compose_subject
 from bench_train import measure_training, training_flops
@@ -114,6 +114,20 @@ def test_decoding_is_measured_in_the_faster_precision(quick: None) -> None:
     assert ours["trials"][ours["choice"]] == min(ours["trials"].values())
     assert ours["num_calls"] == 2
     assert ours["tokens_per_second"] == pytest.approx(3 * ours["sentences_per_second"])
+    assert row["subject"] in results.table({row["name"]: row})
+
+
+def test_a_trained_model_is_measured_on_all_lines_of_a_text(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", files_config(tmp_path), num_leaked=0)
+    text = tmp_path / "text.en"
+    text.write_text("\n".join(SOURCES[:5]) + "\n", encoding="utf-8")
+    row = measure_model(str(model), text, batch_size=2, beam_size=1, dtypes=["fp32"])
+    ours = row["ours"]
+    assert ours["num_calls"] == 3
+    seconds = 5 / ours["sentences_per_second"]
+    num_tokens = ours["tokens_per_second"] * seconds
+    assert num_tokens == pytest.approx(round(num_tokens))
+    assert num_tokens >= 5  # each line has an end
     assert row["subject"] in results.table({row["name"]: row})
 
 
