@@ -42,8 +42,11 @@ setup: $(READY) ## Create .venv with everything needed (the other targets do thi
 data: $(READY) ## Fetch and prepare the corpus without training
 	@$(BIN)/python scripts/prepare.py $(SETTINGS) $(value ARGS)
 
+# NPROC processes, where it is given: a number, or gpu for as many as there are GPUs.
 train: $(READY) ## Train a model, or continue an unfinished run of the same settings
-	@$(BIN)/python scripts/train.py $(SETTINGS) $(value ARGS)
+	@$(BIN)/python $(if $(filter command,$(origin NPROC)),$(if $(filter-out 1,$(value NPROC)),\
+	    scripts/launch.py --standalone --nproc-per-node $(call quote,$(value NPROC)))) \
+	    scripts/train.py $(SETTINGS) $(value ARGS)
 
 eval: $(READY) ## Score a model: BLEU and chrF of the last run, or of eval.model=...
 	@$(BIN)/python scripts/evaluate.py $(SETTINGS) $(value ARGS)

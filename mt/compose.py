@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mt.config import (
+    AUTO,
     Config,
     Device,
     EvalConfig,
@@ -123,7 +124,7 @@ def check(config: Config | EvaluateConfig) -> list[str]:
         f"{name}={values[name]}: must be {words}"
         for words, holds, names in RANGES
         for name in names.split()
-        if values.get(name) is not None
+        if isinstance(values.get(name), int | float)
         and not (math.isfinite(values[name]) and holds(values[name]))
     ]
     problems += [
@@ -170,6 +171,9 @@ def _train_rules(config: Config) -> dict[str, bool]:
         ),
         f"train.average={train.average}: only train.keep={train.keep} checkpoints are kept": (
             train.average > train.keep
+        ),
+        f"train.batch_tokens={train.batch_tokens}: must be a whole number, or auto": (
+            isinstance(train.batch_tokens, str) and train.batch_tokens != AUTO
         ),
         f"train.metric={train.metric.value}: needs train.valid_sentences above 0 "
         "(or train.metric=loss)": (train.metric is not Metric.loss and train.valid_sentences == 0),

@@ -109,6 +109,9 @@ class FinalEval(Enum):
     none = "none"
 
 
+AUTO = "auto"  # of a setting that is otherwise a number
+
+
 @dataclass(kw_only=True, slots=True)
 class CleanConfig:
     """The cleaning rules, in the order in which they apply. Each can be switched off."""
@@ -211,7 +214,9 @@ class TrainConfig:
     max_minutes: float | None = None  # turned into a step count before the first step
 
     seed: int = 1
-    batch_tokens: int = 1024  # pieces a batch, on the longer of both sides, padding included
+    # pieces a batch, on the longer of both sides, padding included; auto: as many as fit a GPU's
+    # memory (on a CPU 1024, since small batches learn more in the same time)
+    batch_tokens: int | str = 1024
     accumulate: int = 1  # batches an optimizer step
     max_length: int = 256  # longer training sentences (in pieces) are left out and counted
     label_smoothing: float = 0.1
@@ -221,6 +226,7 @@ class TrainConfig:
     device: Device = Device.auto
     precision: Precision = Precision.auto
     num_threads: int | None = None  # CPU threads; null: one a physical core
+    compile: bool | None = None  # torch.compile the model and its losses; null: on CUDA
 
     validate_every: int = 500  # steps
     valid_sentences: int = 200  # how many are translated then; the loss takes the whole split

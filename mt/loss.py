@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CHUNK = 1 << 24  # logits that the CPU has at once, where the loss makes its own gradient
+
 
 def cross_entropy(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, ignore: int) -> Tensor:
     """The label-smoothed cross-entropy (Szegedy et al. 2016), summed over the targets.
@@ -19,44 +21,90 @@ def cross_entropy(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, ign
 
     Returns: a scalar in fp32. Divide it by the number of targets that count.
     """
-    logits, target = logits.flatten(0, -2), target.flatten()
-    if logits.device.type == "cpu" and logits.requires_grad:
-        return _CrossEntropy.apply(logits, target, smoothing, ignore)
     return F.cross_entropy(
-        logits.float(), target, ignore_index=ignore, label_smoothing=smoothing, reduction="sum"
+        logits.flatten(0, -2).float(),
+        target.flatten(),
+        ignore_index=ignore,
+        label_smoothing=smoothing,
+        reduction="sum",
     )
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """The same with its gradient made in the forward pass, in the precision of the logits.
+def linear_cross_entropy(
+    states: Tensor, table: Tensor, target: Tensor, *, smoothing: float = 0.0, ignore: int
+) -> Tensor:
+    """The cross-entropy of the logits that an output map makes of states.
 
-    On the CPU the plain version reads and writes the [N, V] table about three times as often.
-    The value is capped at 87 a target (a smaller probability is 0 in fp32), the gradient is not.
+    Args: states [..., D], table [V, D]; the rest and the result as in :func:`cross_entropy`.
+
+    On the CPU the gradient is made together with the loss: the table of logits, by far the
+    largest tensor of a step, is written and read as seldom as possible and not kept.
+    """
+    if states.device.type == "cpu" and states.requires_grad and not torch.compiler.is_compiling():
+        return _LinearCrossEntropy.apply(
+            states.flatten(0, -2), table, target.flatten(), smoothing, ignore
+        )
+    return cross_entropy(F.linear(states, table), target, smoothing=smoothing, ignore=ignore)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one pass over the logits, some rows at a time.
+
+    All in the precision of the states. The value is capped at 87 a target (a smaller probability
+    is 0 in fp32), the gradient is not.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float, ignore: int) -> Tensor:
-        keep = target != ignore
-        index = target.unsqueeze(1)
-        vocab_size = logits.size(1)
-        grad = logits.softmax(1)
-        # The sum's logarithm by way of the target's probability: rounding a probability to bf16
-        # moves its logarithm by 0.004 at most, rounding the sum's logarithm itself by far more.
-        log_true = grad.gather(1, index).squeeze(1).float().clamp_min(1e-38).log()
-        log_norm = logits.gather(1, index).squeeze(1).float() - log_true
-        log_mean = logits.sum(1).float() / vocab_size - log_norm
-        loss = -(1 - smoothing) * log_true - smoothing * log_mean
-        # d loss / d logits = softmax - (1 - smoothing) * onehot - smoothing / V
-        grad.sub_(smoothing / vocab_size)
-        grad.scatter_add_(1, index, grad.new_full(index.shape, smoothing - 1))
-        grad.mul_(keep.unsqueeze(1))
-        ctx.save_for_backward(grad)
-        return torch.where(keep, loss, 0).sum()
+    def forward(
+        ctx: Any, states: Tensor, table: Tensor, target: Tensor, smoothing: float, ignore: int
+    ) -> Tensor:
+        num_rows = max(1, min(len(states), CHUNK // len(table)))
+        logits, grad = states.new_empty(2, num_rows, len(table))
+        loss = torch.zeros((), device=states.device)
+        grad_states, grad_table = torch.empty_like(states), torch.empty_like(table)
+        for start in range(0, len(states), num_rows):
+            rows = slice(start, start + num_rows)
+            num = len(states[rows])
+            torch.mm(states[rows], table.t(), out=logits[:num])
+            torch.softmax(logits[:num], 1, out=grad[:num])
+            loss += _to_gradient(
+                logits[:num], grad[:num], target[rows], smoothing=smoothing, ignore=ignore
+            )
+            torch.mm(grad[:num], table, out=grad_states[rows])
+            beta = 0 if start == 0 else 1  # the first chunk's product, then the sum
+            torch.addmm(grad_table, grad[:num].t(), states[rows], beta=beta, out=grad_table)
+        ctx.save_for_backward(grad_states, grad_table)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_states, grad_table = ctx.saved_tensors
+        return grad_states * grad_loss, grad_table * grad_loss, None, None, None
+
+
+def _to_gradient(
+    logits: Tensor, softmax: Tensor, target: Tensor, *, smoothing: float, ignore: int
+) -> Tensor:
+    """Turn the softmax [N, V] into the gradient of the loss by the logits; return the loss.
+
+    d loss / d logits = softmax - (1 - smoothing) * onehot - smoothing / V
+    """
+    vocab_size = logits.size(1)
+    keep = target != ignore
+    places = torch.arange(0, logits.numel(), vocab_size, device=target.device) + target
+    exact = torch.promote_types(softmax.dtype, torch.float32)
+    true = softmax.flatten()[places].to(exact)
+    # The sum's logarithm by way of the target's probability: rounding a probability to bf16
+    # moves its logarithm by 0.004 at most, rounding the sum's logarithm itself by far more.
+    log_true = true.clamp_min(1e-38).log()
+    log_norm = logits.flatten()[places].to(exact) - log_true
+    log_mean = logits.sum(1).to(exact) / vocab_size - log_norm
+    loss = -(1 - smoothing) * log_true - smoothing * log_mean
+
+    softmax.sub_(smoothing / vocab_size)
+    softmax.flatten()[places] = (true - (1 - smoothing) - smoothing / vocab_size).to(softmax.dtype)
+    softmax.mul_(keep.to(softmax.dtype).unsqueeze(1))
+    return torch.where(keep, loss, 0).sum()
 
 
 def length_loss(log_ratio: Tensor, source_lengths: Tensor, target_lengths: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Masks are boolean, True = may attend (True = a real piece, False = padding).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -34,13 +34,16 @@ class Embedding(nn.Module):
         # No buffer: a copy of the model in bf16 would round it, too.
         self.positions = sinusoids(1026, table.embedding_dim)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Embedding":
+        super()._apply(fn, recurse)
+        self.positions = self.positions.to(self.table.weight.device)
+        return self
+
     def forward(self, ids: Tensor, *, start: int = 0) -> Tensor:
         """ids [B, T], the first of them at position ``start`` -> [B, T, D]."""
         end = start + ids.size(1)
         if end > self.positions.size(0):
-            self.positions = sinusoids(2 * end, self.table.embedding_dim)
-        if self.positions.device != ids.device:
-            self.positions = self.positions.to(ids.device)
+            self.positions = sinusoids(2 * end, self.table.embedding_dim).to(ids.device)
         pieces = self.table(ids)
         placed = pieces * self.scale + self.positions[start:end]
         return self.dropout(placed.to(pieces.dtype))

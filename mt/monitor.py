@@ -32,6 +32,7 @@ class Progress:
     tokens_per_second: float  # target pieces, without padding
     padding_share: float
     epoch: float
+    epoch_seconds: float  # how long a whole one takes at this pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,11 @@ class Monitor:
         if self.bar.disable and (now.step >= self.next_line or now.step == self.max_steps):
             self.next_line = now.step + self.line_every
             log.info(
-                "step %d of %d, epoch %.1f: loss %.3f, %s tokens/s, %s left",
+                "step %d of %d, epoch %.1f (%s each): loss %.3f, %s tokens/s, %s left",
                 now.step,
                 self.max_steps,
                 now.epoch,
+                clock(now.epoch_seconds),
                 now.loss,
                 f"{now.tokens_per_second:,.0f}",
                 clock(self.seconds_left(now.step)),

@@ -88,7 +88,12 @@ class Muon(torch.optim.Optimizer):
     makes several things at once (queries, keys and values) has so many ``num_parts``, which are
     orthogonalized apart.
     The update is scaled to the size of AdamW's: 0.2 · √max(rows, columns) (Liu et al. 2025).
+
+    Like PyTorch's fused AdamW it looks at ``found_inf``: a scalar on the device, 1.0 where this
+    step must change nothing.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -110,6 +115,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
         assert closure is None
+        keep: Tensor | float = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -118,10 +124,14 @@ class Muon(torch.optim.Optimizer):
                 state: dict[str, Any] = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
+                gradient = parameter.grad
+                if self.found_inf is not None:
+                    gradient.nan_to_num_(0.0, 0.0, 0.0)
                 average = state["momentum"]
-                average.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(average, group["momentum"])  # Nesterov's
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                average.lerp_(gradient, (1 - group["momentum"]) * keep)
+                update = gradient.lerp(average, group["momentum"])  # Nesterov's
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"] * keep)
                 parts = zip(
                     parameter.chunk(group["num_parts"]),
                     update.chunk(group["num_parts"]),
@@ -130,7 +140,7 @@ class Muon(torch.optim.Optimizer):
                 for part, part_update in parts:
                     by_shape.setdefault(part.shape, []).append((part, part_update, group["lr"]))
         for shape, entries in by_shape.items():
-            updates = orthogonalize(torch.stack([update for _, update, _ in entries]))
+            updates = orthogonalize(torch.stack([update for _, update, _ in entries])) * keep
             size = 0.2 * math.sqrt(max(shape))
             for (part, _, rate), update in zip(entries, updates, strict=True):
                 part.add_(update, alpha=-rate * size)

@@ -1,9 +1,10 @@
-"""Device, precision and threads: every ``auto`` is resolved here, once."""
+"""Device, precision, threads and ranks: every ``auto`` is resolved here, once."""
 
 import ctypes
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mt import ranks
 from mt.config import Device, Precision
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,9 @@ class Runtime:
 
     device: torch.device
     precision: Precision
-    num_threads: int
+    num_threads: int  # of this process
+    rank: int = 0  # this process among those that train together
+    world_size: int = 1  # how many they are
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,7 +44,8 @@ class Runtime:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         threads = f", {self.num_threads} threads" if self.device.type == "cpu" else ""
-        return f"{self.device.type} ({name}), {self.precision.value}{threads}"
+        several = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{self.device.type} ({name}), {self.precision.value}{threads}{several}"
 
 
 def resolve(*, device: Device, precision: Precision, num_threads: int | None) -> Runtime:
@@ -48,10 +53,16 @@ def resolve(*, device: Device, precision: Precision, num_threads: int | None) ->
 
     Device: CUDA, else MPS, else the CPU. Precision: bf16 on GPUs from compute capability 8.0 on,
     else fp16 on GPUs, fp32 on MPS; on a CPU bf16 where a short probe shows it to be faster.
+    Several processes on a machine take a GPU each, or share the cores.
 
     Raises: ValueError for a device that is not there or cannot do the precision.
     """
     where = _device(device)
+    local_rank, local_size = ranks.on_this_machine()
+    if where.type == "cuda" and ranks.world_size() > 1:
+        where = _own_gpu(local_rank, local_size)
+    if num_threads is None and local_size > 1:
+        num_threads = max(1, _num_cores() // local_size)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if where.type == "cpu":
@@ -60,13 +71,19 @@ def resolve(*, device: Device, precision: Precision, num_threads: int | None) ->
         precision = _best_precision(where)
     elif precision is Precision.fp16 and where.type == "cpu":
         raise ValueError("fp16 needs a GPU; on a CPU use precision auto, fp32 or bf16")
-    return Runtime(device=where, precision=precision, num_threads=torch.get_num_threads())
+    return Runtime(
+        device=where,
+        precision=precision,
+        num_threads=torch.get_num_threads(),
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+    )
 
 
 def _device(device: Device) -> torch.device:
     available = {
         Device.cuda: torch.cuda.is_available(),
-        Device.mps: torch.backends.mps.is_available(),
+        Device.mps: torch.backends.mps.is_available() and ranks.world_size() == 1,
         Device.cpu: True,
     }
     if device is Device.auto:
@@ -74,6 +91,33 @@ def _device(device: Device) -> torch.device:
     if not available[device]:
         raise ValueError(f"device {device.value} is not available here; use auto or cpu")
     return torch.device(device.value)
+
+
+def _own_gpu(local_rank: int, local_size: int) -> torch.device:
+    if local_size > torch.cuda.device_count():
+        raise ValueError(
+            f"{local_size} processes need a GPU each, and there are {torch.cuda.device_count()}; "
+            "start as many as there are GPUs (NPROC=gpu), or use train.device=cpu"
+        )
+    if not torch.distributed.is_nccl_available():
+        raise ValueError(
+            "this PyTorch has no NCCL, by which GPUs work together; install one that has, start "
+            "one process, or use train.device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _num_cores() -> int:
+    """The physical cores that this process may run on."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        return len({Path(siblings.format(cpu)).read_text(encoding="utf-8") for cpu in cpus})
+    except OSError:
+        return len(cpus)
 
 
 def _best_precision(device: torch.device) -> Precision:
@@ -117,7 +161,22 @@ def _tune_cpu_libraries() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def compiles(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to compile the model; by default on CUDA, where it pays after a few hundred steps.
+
+    Raises: ValueError when it is wanted and there is no C compiler.
+    """
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return False
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    if not has_compiler and wanted:
+        raise ValueError("train.compile=true needs a C compiler (cc, gcc or clang); install one")
+    if not has_compiler:
+        log.warning("without a C compiler (cc, gcc or clang) training is not compiled, and slower")
+    return has_compiler
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or on the CPU."""
     words = str(error).lower()
     return "out of memory" in words or "can't allocate memory" in words

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +42,13 @@ from mt.config import (
 from mt.corpus import Corpus, prepare
 from mt.evaluate import evaluate, table
 from mt.monitor import Monitor, Progress, Validation, clock, logged_to
+from mt.ranks import agree, is_first, joined, largest, world_size
 from mt.runs import Run, locked, open_run
 from mt.runtime import Runtime, describe_machine
 from mt.trainer import StepResult, Trainer
 from mt.validate import Validator
+
+STEPS_AHEAD = 8  # that the host may be of a GPU
 
 log = logging.getLogger(__name__)
 
@@ -52,24 +56,57 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> Path:
     """Train a model, or go on with a training; score it; return its run directory.
 
+    Where torchrun has started several processes, they train it together.
+
     Raises: ValueError for everything that the user can put right; SystemExit after Ctrl-C or
     SIGTERM, when the checkpoint is written.
     """
-    corpus = prepare(config.data, config.tokenizer)
-    run = open_run(config)
-    with locked(run), logged_to(run.path / "train.log"):
-        log.info("run %s", run.path)
-        runtime, max_steps = settle(run, config, corpus)
-        if run.is_finished:
-            log.info("it is finished already; train.resume=never starts another one")
-        else:
-            TrainingRun(config, run, corpus, runtime, max_steps=max_steps).complete()
-        if config.train.final_eval is not FinalEval.none:
-            score(config, run, runtime)
-        log.info(
-            '\nTranslate with it:\n  .venv/bin/python scripts/translate.py -m %s "..."', run.path
-        )
+    with joined():
+        corpus = shared_corpus(config)
+        run = agree(lambda: open_run(config))
+        with written_by_first(run):
+            log.info("run %s", run.path)
+            config, runtime, max_steps = settle(run, config, corpus)
+            if agree(lambda: run.is_finished):
+                log.info("it is finished already; train.resume=never starts another one")
+            else:
+                TrainingRun(config, run, corpus, runtime, max_steps=max_steps).complete()
+            if is_first() and config.train.final_eval is not FinalEval.none:
+                score(config, run, runtime)
+            log.info(
+                '\nTranslate with it:\n  .venv/bin/python scripts/translate.py -m %s "..."',
+                run.path,
+            )
     return run.path
+
+
+def shared_corpus(config: Config) -> Corpus:
+    """The prepared corpus: the first process makes it, where need be, and all read its files."""
+    try:
+        return agree(lambda: prepare(config.data, config.tokenizer))
+    except FileNotFoundError as error:
+        if is_first():
+            raise
+        raise ValueError(
+            f"{error.filename} is on another machine only; start all processes in one folder "
+            "that all machines share"
+        ) from error
+
+
+@contextmanager
+def written_by_first(run: Run) -> Iterator[None]:
+    """The first process holds the run's lock and logs; the others keep quiet."""
+    if is_first():
+        with locked(run), logged_to(run.path / "train.log"):
+            yield
+        return
+    root = logging.getLogger("mt")
+    level = root.level
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def score(config: Config, run: Run, runtime: Runtime) -> None:
@@ -99,15 +136,21 @@ def score(config: Config, run: Run, runtime: Runtime) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, to stop between two steps; a second one stops at once."""
+    """Collect SIGINT and SIGTERM, to stop between two steps; a second one stops at once.
+
+    Among several processes it does not: torchrun passes on what they may have had already.
+    """
     received: list[int] = []
+    alone, first = world_size() == 1, is_first()
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and alone:
             raise KeyboardInterrupt
+        if not received and first:
+            once_more = b"; once more stops without saving" if alone else b""
+            # What logs is not safe in a handler.
+            os.write(2, b"\nstopping after this step" + once_more + b"\n")
         received.append(number)
-        message = b"\nstopping after this step; once more stops without saving\n"
-        os.write(2, message)  # what logs is not safe in a handler
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -132,6 +175,8 @@ class TrainingRun:
         self.best_score = -math.inf
         self.num_worse = 0  # validations since the best
         self.num_skipped = 0  # non-finite steps in a row
+        self.steps_ahead = 0 if runtime.device.type == "cpu" else STEPS_AHEAD
+        self.on_the_way: deque[StepResult] = deque()  # steps that the device may not have done
         self.seconds = 0.0  # of training, over all processes
         lengths = self.trainer.sources.lengths
         self.origin: dict[str, Any] = {  # of the weights; the same for all checkpoints
@@ -141,10 +186,11 @@ class TrainingRun:
             **provenance(),
         }
         self.validator = Validator(config, corpus, runtime)
-        for leftover in run.checkpoints.glob(".step-*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        if run.last is not None:
-            self._restore(run.last)
+        if is_first():
+            for leftover in run.checkpoints.glob(".step-*"):  # of a process that was killed
+                shutil.rmtree(leftover)
+        if (last := agree(lambda: run.last)) is not None:
+            self._restore(last)
 
     def complete(self) -> None:
         """Take the steps that are left, then average checkpoints if that is asked for."""
@@ -167,34 +213,46 @@ class TrainingRun:
             )
         if trainer.step:
             log.info("going on from step %d", trainer.step)
-        monitor = Monitor(self.run.path, first_step=trainer.step, max_steps=self.max_steps)
+        monitor: Monitor | None = None
+        if is_first():
+            monitor = Monitor(self.run.path, first_step=trainer.step, max_steps=self.max_steps)
         results: list[StepResult] = []
         start = time.perf_counter()
         earlier_seconds, begin = self.seconds, start
-        stopped_early, stopping = self._should_stop(), False
+        stopped_early, stopping = self._should_stop(), 0
         with stop_requests() as requests:
             while trainer.step < self.max_steps and not stopped_early and not stopping:
-                results.append(self._step())
+                self.on_the_way.append(trainer.train_step())
                 last = trainer.step == self.max_steps
-                stopping = bool(requests)  # looked at once: a later one waits for the next step
-                if last or trainer.step % settings.log_every == 0:
-                    monitor.progress(self._summary(results, seconds=time.perf_counter() - start))
-                    results, start = [], time.perf_counter()
+                # Looked at once: a later one waits for the next step.
+                stopping = largest(requests[0] if requests else 0)
                 validates = last or trainer.step % settings.validate_every == 0
-                if validates or stopping or self._is_planned(trainer.step):
+                saves = validates or stopping or self._is_planned(trainer.step)
+                results += self._arrived(0 if saves else self.steps_ahead)
+                if results and (last or trainer.step % settings.log_every == 0):
+                    if monitor is not None:
+                        seconds = time.perf_counter() - start
+                        monitor.progress(self._summary(results, seconds=seconds))
+                    results, start = [], time.perf_counter()
+                if saves:
                     paused = time.perf_counter()
-                    scores = self._validate(monitor) if validates else None
-                    self.seconds = earlier_seconds + time.perf_counter() - begin
-                    self._save(scores)
+                    if monitor is not None:
+                        scores = self._validate(monitor) if validates else None
+                        self.seconds = earlier_seconds + time.perf_counter() - begin
+                        self._save(scores)
+                    stopped_early = agree(self._should_stop)
                     start += time.perf_counter() - paused
-                    stopped_early = self._should_stop()
-            if requests:
-                monitor.close()
+            stopping = largest(requests[0] if requests else 0)
+            if stopping:
+                if monitor is not None:
+                    monitor.close()
                 again = "the same command"
                 if settings.resume is Resume.never:
                     again = f"train.run_name={self.run.path.name} without train.resume=never"
                 log.info("stopped at step %d; %s goes on from there", trainer.step, again)
-                raise SystemExit(128 + requests[0])
+                raise SystemExit(128 + stopping)
+        if monitor is None:
+            return
         self.seconds = earlier_seconds + time.perf_counter() - begin
         if settings.average:
             self._average(monitor)
@@ -207,25 +265,44 @@ class TrainingRun:
 
     # One step
 
-    def _step(self) -> StepResult:
-        result = self.trainer.train_step()
-        self.num_skipped = self.num_skipped + 1 if result.skipped else 0
-        # In fp16 the first steps overflow until the loss scale has come down, 16 halvings at most.
-        normal = self.runtime.precision is Precision.fp16 and self.num_skipped <= 16
-        if result.skipped and not normal:
-            self._report_skipped(result)
-        return result
+    def _arrived(self, ahead: int) -> list[StepResult]:
+        """The steps that the device has done, but for the last ``ahead``; all are looked at."""
+        arrived = []
+        while len(self.on_the_way) > ahead:
+            result = self.on_the_way.popleft()
+            self.num_skipped = self.num_skipped + 1 if result.skipped else 0
+            # In fp16 the first steps overflow until the loss scale has come down, 16 halvings at
+            # most.
+            normal = self.runtime.precision is Precision.fp16 and self.num_skipped <= 16
+            if result.skipped and not normal:
+                self._report_skipped(result)
+            arrived.append(result)
+        return arrived
 
     def _report_skipped(self, result: StepResult) -> None:
         """Write down what made the loss or a gradient non-finite; give up after a few in a row."""
+        name = f"nonfinite-{result.step:08d}.json"
+        if is_first():
+            self._write_down(result, name)
+        log.warning(
+            "step %d: the loss or a gradient is not finite; step skipped, its sentences are in %s",
+            result.step,
+            self.run.path / name,
+        )
+        if self.num_skipped >= self.config.train.max_skipped:
+            raise ValueError(
+                f"{self.num_skipped} non-finite steps in a row, the last in {self.run.path / name}."
+                " Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
+            )
+
+    def _write_down(self, result: StepResult, name: str) -> None:
         indices = [int(index) for batch in result.batches for index in batch.indices]
         rows = self.corpus.train[indices]
-        name = f"nonfinite-{self.trainer.step:08d}.json"
         self.run.write(
             name,
             {
-                "step": self.trainer.step,
-                "loss": str(float(result.loss)),
+                "step": result.step,
+                "loss": str(result.loss),
                 "gradient_norm": str(result.gradient_norm),
                 "learning_rate": result.learning_rate,
                 "weight_norms": {
@@ -240,23 +317,13 @@ class TrainingRun:
                 ],
             },
         )
-        log.warning(
-            "step %d: the loss or a gradient is not finite; step skipped, its sentences are in %s",
-            self.trainer.step,
-            self.run.path / name,
-        )
-        if self.num_skipped >= self.config.train.max_skipped:
-            raise ValueError(
-                f"{self.num_skipped} non-finite steps in a row, the last in {self.run.path / name}."
-                " Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
-            )
 
     def _summary(self, results: list[StepResult], *, seconds: float) -> Progress:
-        """The steps since the last summary; the one place where the host waits for losses."""
+        """The steps since the last summary."""
         num_tokens = sum(result.num_tokens for result in results)
-        losses = [float(result.loss) for result in results if not result.skipped]
+        losses = [result.loss for result in results if not result.skipped]
         kept_tokens = sum(result.num_tokens for result in results if not result.skipped)
-        length_losses = [float(result.length_loss) for result in results if not result.skipped]
+        length_losses = [result.length_loss for result in results if not result.skipped]
         sentences = sum(result.num_sentences for result in results if not result.skipped)
         return Progress(
             step=self.trainer.step,
@@ -268,6 +335,10 @@ class TrainingRun:
             padding_share=sum(result.num_padding for result in results)
             / sum(result.num_positions for result in results),
             epoch=self.trainer.epochs,
+            epoch_seconds=seconds
+            / len(results)
+            * len(self.trainer.planned)
+            / self.config.train.accumulate,
         )
 
     # Validation

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
@@ -41,6 +42,8 @@ def check_command_line(*, primary: str) -> None:
     if foreign or arguments.experimental_rerun or arguments.shell_completion:
         return  # configs that are not ours: Hydra says what is wrong with them
     with user_errors():
+        if arguments.multirun and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError(["--multirun goes with one process; start a command for each run"])
         check_overrides(arguments.overrides, primary=primary, sweep=arguments.multirun)
 
 
@@ -71,6 +74,11 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
+    except ConfigError as error:  # several processes find the same: the first one tells
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # whoever ends first ends the others
+            raise SystemExit(2) from None
+        _leave(f"error: {error}", code=2)
     except ValueError as error:
         logging.getLogger(__name__).debug("where it happened", exc_info=True)
         _leave(f"error: {error}", code=2)

@@ -303,3 +303,16 @@ def test_the_same_seed_drops_the_same() -> None:
         return cheap_dropout(torch.ones(1000), 0.5)
 
     assert torch.equal(draw(), draw())
+
+
+def test_dropped_weights_have_no_gradient() -> None:
+    """The derivative of attention with dropout is the slope, where the same weights are dropped."""
+    inputs = [random(2, 2, length, 3).requires_grad_() for length in (3, 4, 4)]
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])[:, None, None]
+
+    def dropping(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        torch.manual_seed(2)
+        return attend(query, key, value, mask, dropout=0.4, explicit=True)
+
+    assert not torch.equal(dropping(*inputs), attend(*inputs, mask, explicit=True))
+    assert torch.autograd.gradcheck(dropping, inputs)

@@ -318,12 +318,19 @@ def test_a_metric_without_translations_may_be_the_loss(sound: Config) -> None:
     assert check(changed(sound, changes)) == []
 
 
+def test_the_batch_size_is_a_number_or_auto(sound: Config) -> None:
+    assert compose(["train.batch_tokens=auto"]).train.batch_tokens == "auto"
+    assert compose(["train.batch_tokens=2048"]).train.batch_tokens == 2048
+    (problem,) = check(changed(sound, {"train.batch_tokens": "many"}))
+    assert "train.batch_tokens=many: must be a whole number, or auto" in problem
+
+
 def test_every_number_has_exactly_one_range() -> None:
     numbers = {
         name
         for schema in SCHEMAS.values()
         for name, kind in setting_types(schema).items()
-        if kind in (int, float, int | None, float | None)
+        if kind in (int, float, int | None, float | None, int | str)
     }
     listed = [name for _, _, names in RANGES for name in names.split()]
     assert sorted(listed) == sorted(numbers)

@@ -13,7 +13,8 @@ LAYERS: dict[str, set[str]] = {
     "compose": set(),
     "attention": set(),
     "loss": set(),
-    "runtime": set(),
+    "ranks": set(),
+    "runtime": {"ranks"},
     "tokenizer": set(),
     "optim": set(),
     "monitor": set(),
@@ -33,15 +34,17 @@ LAYERS: dict[str, set[str]] = {
         "batching", "checkpoint", "corpus", "loss", "model", "runtime", "tokenizer", "translate",
     },
     "trainer": {
-        "batching", "checkpoint", "corpus", "loss", "model", "optim", "runtime", "tokenizer",
+        "batching", "checkpoint", "corpus", "loss", "model", "optim", "ranks", "runtime",
+        "tokenizer",
     },
     "validate": {
         "batching", "corpus", "evaluate", "model", "monitor", "runtime", "translate",
     },
-    "budget": {"corpus", "runs", "runtime", "trainer"},
+    "preflight": {"batching", "corpus", "runtime", "trainer"},
+    "budget": {"corpus", "preflight", "ranks", "runs", "runtime", "trainer"},
     "train": {
-        "budget", "checkpoint", "corpus", "evaluate", "monitor", "runs", "runtime", "trainer",
-        "validate",
+        "budget", "checkpoint", "corpus", "evaluate", "monitor", "ranks", "runs", "runtime",
+        "trainer", "validate",
     },
 }  # fmt: skip
 

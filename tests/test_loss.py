@@ -1,28 +1,34 @@
 """The losses against PyTorch's own, and as sums."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mt.loss import cross_entropy, length_loss
+from mt import loss as losses
+from mt.loss import cross_entropy, length_loss, linear_cross_entropy
 
 PAD = 0
 
+CHUNKS = pytest.mark.parametrize("chunk", [1, 40, 1 << 24])  # logits at once; there are 165
 
-def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Logits [3, 5, 11] and targets with padding."""
+
+def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """States [3, 5, 7], an output map [11, 7], and targets [3, 5] with padding."""
     torch.manual_seed(1)
-    logits = (3 * torch.randn(3, 5, 11, dtype=torch.float64)).to(dtype).requires_grad_()
+    states = torch.randn(3, 5, 7, dtype=torch.float64).to(dtype).requires_grad_()
+    table = torch.randn(11, 7, dtype=torch.float64).to(dtype).requires_grad_()
     target = torch.randint(1, 11, (3, 5))
     target[0, 3:] = PAD
     target[2, 1:] = PAD
-    return logits, target
+    return states, table, target
 
 
-def reference(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def reference(states: Tensor, table: Tensor, target: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(
-        logits.flatten(0, 1),
+        (states @ table.t()).flatten(0, 1),
         target.flatten(),
         ignore_index=PAD,
         label_smoothing=smoothing,
@@ -30,100 +36,119 @@ def reference(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     )
 
 
+@CHUNKS
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_loss_and_gradient_are_pytorchs(dtype: torch.dtype, smoothing: float) -> None:
-    logits, target = example(dtype)
-    loss = cross_entropy(logits, target, smoothing=smoothing, ignore=PAD)
-    expected = reference(logits, target, smoothing)
+def test_loss_and_gradients_are_pytorchs(
+    dtype: torch.dtype, smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    states, table, target = example(dtype)
+    loss = linear_cross_entropy(states, table, target, smoothing=smoothing, ignore=PAD)
+    expected = reference(states, table, target, smoothing)
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-5)
-    # A factor checks that the gradient is scaled by what comes from above.
-    (gradient,) = torch.autograd.grad(loss * 3, logits)
-    (expected_gradient,) = torch.autograd.grad(expected * 3, logits)
-    torch.testing.assert_close(gradient, expected_gradient)
+    # A factor checks that the gradients are scaled by what comes from above.
+    gradients = torch.autograd.grad(loss * 3, (states, table))
+    expected_gradients = torch.autograd.grad(expected * 3, (states, table))
+    torch.testing.assert_close(gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_with_and_without_a_gradient_it_is_the_same(smoothing: float) -> None:
-    logits, target = example(torch.float32)
-    with_gradient = cross_entropy(logits, target, smoothing=smoothing, ignore=PAD)
-    without = cross_entropy(logits.detach(), target, smoothing=smoothing, ignore=PAD)
-    torch.testing.assert_close(with_gradient, without)
+    states, table, target = example(torch.float32)
+    with_gradient = linear_cross_entropy(states, table, target, smoothing=smoothing, ignore=PAD)
+    with torch.no_grad():
+        logits = states @ table.t()
+    plain = cross_entropy(logits, target, smoothing=smoothing, ignore=PAD)
+    fixed = linear_cross_entropy(
+        states.detach(), table.detach(), target, smoothing=smoothing, ignore=PAD
+    )
+    torch.testing.assert_close(with_gradient, plain)
+    torch.testing.assert_close(with_gradient, fixed)
 
 
 def test_the_gradient_is_the_slope() -> None:
-    logits, target = example()
-    cross_entropy(logits, target, smoothing=0.1, ignore=PAD).backward()
+    states, table, target = example()
+    linear_cross_entropy(states, table, target, smoothing=0.1, ignore=PAD).backward()
     generator = torch.Generator().manual_seed(2)
-    direction = torch.randn(logits.shape, dtype=torch.float64, generator=generator)
+    direction = torch.randn(states.shape, dtype=torch.float64, generator=generator)
     ahead, behind = (
-        float(reference(logits.detach() + step * direction, target, 0.1)) for step in (1e-5, -1e-5)
+        float(reference(states.detach() + step * direction, table.detach(), target, 0.1))
+        for step in (1e-5, -1e-5)
     )
-    assert float((logits.grad * direction).sum()) == pytest.approx(
+    assert float((states.grad * direction).sum()) == pytest.approx(
         (ahead - behind) / 2e-5, rel=1e-6
     )
 
 
-def test_bf16_is_close_in_loss_and_gradient() -> None:
-    logits, target = example(torch.bfloat16)
-    loss = cross_entropy(logits, target, smoothing=0.1, ignore=PAD)
+@CHUNKS
+def test_bf16_is_close_in_loss_and_gradients(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    states, table, target = example(torch.bfloat16)
+    loss = linear_cross_entropy(states, table, target, smoothing=0.1, ignore=PAD)
     assert loss.dtype == torch.float32
-    exact = logits.detach().double().requires_grad_()
-    expected = reference(exact, target, 0.1)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (states, table)]
+    expected = reference(*exact, target, 0.1)
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
     loss.backward()
     expected.backward()
-    assert logits.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=0.02, atol=0.01)
+    for tensor, exact_tensor in zip((states, table), exact, strict=True):
+        assert tensor.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.grad.double(), exact_tensor.grad, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_what_is_ignored_counts_for_nothing(requires_grad: bool) -> None:
-    logits, target = example(torch.float32)
-    logits = logits.detach()
-    changed = torch.where((target == PAD)[..., None], torch.full_like(logits, 50.0), logits)
-    losses = [
-        cross_entropy(table.requires_grad_(requires_grad), target, smoothing=0.1, ignore=PAD)
-        for table in (logits, changed)
-    ]
-    torch.testing.assert_close(*losses)
-    if requires_grad:
-        losses[0].backward()
-        assert (logits.grad[target == PAD] == 0).all()
-        assert (logits.grad[target != PAD] != 0).all()
+def test_what_is_ignored_counts_for_nothing() -> None:
+    states, table, target = example(torch.float32)
+    moved = torch.where((target == PAD)[..., None], 9.0, states.detach()).requires_grad_()
+    results = []
+    for variant in (states, moved):
+        loss = linear_cross_entropy(variant, table, target, smoothing=0.1, ignore=PAD)
+        results.append((loss, torch.autograd.grad(loss, table, retain_graph=True)[0]))
+        loss.backward()
+        assert (variant.grad[target == PAD] == 0).all()
+        assert (variant.grad[target != PAD] != 0).all()
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_everything_ignored_is_zero() -> None:
-    logits, _ = example(torch.float32)
-    loss = cross_entropy(logits, torch.zeros(3, 5, dtype=torch.long), smoothing=0.1, ignore=PAD)
+    states, table, _ = example(torch.float32)
+    nothing = torch.zeros(3, 5, dtype=torch.long)
+    loss = linear_cross_entropy(states, table, nothing, smoothing=0.1, ignore=PAD)
     loss.backward()
     assert loss.item() == 0
-    assert (logits.grad == 0).all()
+    assert (states.grad == 0).all() and (table.grad == 0).all()
 
 
-def test_it_is_a_sum() -> None:
-    logits, target = example(torch.float32)
-    whole = cross_entropy(logits, target, smoothing=0.1, ignore=PAD)
-    parts = [cross_entropy(logits[row], target[row], smoothing=0.1, ignore=PAD) for row in range(3)]
+@pytest.mark.parametrize("gradient", [True, False])
+def test_it_is_a_sum(gradient: bool) -> None:
+    states, table, target = example(torch.float32)
+    with torch.set_grad_enabled(gradient):
+        whole = linear_cross_entropy(states, table, target, smoothing=0.1, ignore=PAD)
+        parts = [
+            linear_cross_entropy(states[row], table, target[row], smoothing=0.1, ignore=PAD)
+            for row in range(3)
+        ]
     torch.testing.assert_close(whole, sum(parts))
 
 
 def test_a_hopeless_target_gives_a_large_but_finite_loss() -> None:
-    logits = torch.tensor([[0.0, 500.0, -500.0]], requires_grad=True)
-    loss = cross_entropy(logits, torch.tensor([2]), ignore=PAD)
+    states = torch.tensor([[1.0]], requires_grad=True)
+    table = torch.tensor([[0.0], [500.0], [-500.0]], requires_grad=True)
+    loss = linear_cross_entropy(states, table, torch.tensor([2]), ignore=PAD)
     loss.backward()
-    assert 50 < loss.item() < float("inf")
-    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 1.0, -1.0]]))
+    assert 50 < loss.item() < math.inf
+    torch.testing.assert_close(table.grad, torch.tensor([[0.0], [1.0], [-1.0]]))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_logit_that_is_not_finite_shows_in_the_loss(bad: float) -> None:
-    logits = torch.zeros(2, 5)
-    logits[1, 3] = bad
-    loss = cross_entropy(logits.requires_grad_(), torch.tensor([1, 2]), smoothing=0.1, ignore=PAD)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_shows_in_the_loss(bad: float) -> None:
+    states, table, target = example(torch.float32)
+    with torch.no_grad():
+        states[1, 3, 2] = bad
+    loss = linear_cross_entropy(states, table, target, smoothing=0.1, ignore=PAD)
     loss.backward()
     assert not loss.isfinite()
-    assert not logits.grad.isfinite().all()
+    assert not table.grad.isfinite().all()
 
 
 def test_length_loss_is_zero_for_the_truth_and_a_sum() -> None:

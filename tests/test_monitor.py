@@ -19,6 +19,7 @@ def progress(step: int) -> Progress:
         tokens_per_second=1234.0,
         padding_share=0.05,
         epoch=0.5,
+        epoch_seconds=60.0,
     )
 
 
