@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 SIZE = 2048  # of the square matrices whose product is the machine's limit
+STEPS_AHEAD = 8  # that a host may be before its device, else the clock says nothing of the device
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from bench_machine import synchronize
+from bench_machine import STEPS_AHEAD, synchronize
 from bench_train import Turn
 from mt.batching import Sequences, pad
 from mt.config import Activation, Config, ModelConfig, Precision
@@ -126,7 +126,7 @@ class Clock(TrainerCallback):
         """Read the clock; ask for the end when the time is over."""
         if state.global_step < WARM_UP:
             return
-        if self.device.type != "cuda" or state.global_step == WARM_UP:
+        if (state.global_step - WARM_UP) % STEPS_AHEAD == 0:
             synchronize(self.device)
         self.end = time.perf_counter()
         if state.global_step == WARM_UP:

@@ -8,7 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench_machine import forget_peak_memory, median_ratio, peak_memory, product_rate, synchronize
+from bench_machine import (
+    STEPS_AHEAD,
+    forget_peak_memory,
+    median_ratio,
+    peak_memory,
+    product_rate,
+    synchronize,
+)
 from mt.batching import Sequences
 from mt.config import Activation, Config, ModelConfig, Optimizer, Precision
 from mt.corpus import Corpus
@@ -57,6 +64,8 @@ class OurTraining:
         start = time.perf_counter()
         while not results or time.perf_counter() - start < seconds:
             results.append(self.trainer.train_step())
+            if len(results) % STEPS_AHEAD == 0:
+                synchronize(self.device)
         synchronize(self.device)
         self.num_steps += len(results)
         return Turn(
@@ -119,8 +128,12 @@ def measure_training(
     """Train by turns: ours, the peer, ours with Muon, and again. A turn lasts ``seconds``.
 
     ``peer_choice`` is the peer's precision and attention ("bf16 eager"); None: try all.
+
+    Raises: ValueError for train.batch_tokens=auto, which would be another work on each machine.
     """
     settings = config.train
+    if not isinstance(settings.batch_tokens, int):
+        raise ValueError("a benchmark needs a number: train.batch_tokens=4096")
     runtime = resolve(
         device=settings.device, precision=settings.precision, num_threads=settings.num_threads
     )
