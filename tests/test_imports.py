@@ -19,11 +19,12 @@ LAYERS: dict[str, set[str]] = {
     "optim": set(),
     "monitor": set(),
     "bible": set(),
+    "digests": set(),
     "search": {"tokenizer"},  # the special ids
     "batching": {"tokenizer"},  # the special ids
-    "sources": {"bible"},
+    "sources": {"bible", "digests"},
     "cleaning": {"tokenizer"},
-    "corpus": {"cleaning", "sources", "tokenizer"},
+    "corpus": {"cleaning", "digests", "sources", "tokenizer"},
     "model": {"attention"},
     "checkpoint": {"model", "tokenizer"},
     "runs": set(),
