@@ -26,10 +26,11 @@ LAYERS: dict[str, set[str]] = {
     "cleaning": {"tokenizer"},
     "corpus": {"cleaning", "digests", "sources", "tokenizer"},
     "model": {"attention"},
+    "packed": {"model", "runtime"},
     "checkpoint": {"model", "tokenizer"},
     "runs": set(),
     "translate": {
-        "batching", "checkpoint", "model", "runtime", "search", "tokenizer",
+        "batching", "checkpoint", "model", "packed", "runtime", "search", "tokenizer",
     },
     "evaluate": {
         "batching", "checkpoint", "corpus", "loss", "model", "runtime", "tokenizer", "translate",
