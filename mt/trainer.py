@@ -182,7 +182,7 @@ class Trainer:
         self.step = 0
         self.epoch = 0
         self.position = 0  # of the next batch in the epoch
-        self.planned = self.order.epoch(0)
+        self.planned: Sequence[PlannedBatch] = self.order.epoch(0)
 
     @property
     def parameters(self) -> list[Tensor]:
