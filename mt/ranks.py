@@ -83,7 +83,12 @@ def joined() -> Iterator[None]:
     except SystemExit:
         distributed.destroy_process_group()
         raise
-    distributed.destroy_process_group()
+    else:
+        distributed.destroy_process_group()
+    finally:
+        # gloo's threads still let go of what they have sent. They need the interpreter for that,
+        # and where it ends first, they abort the process.
+        time.sleep(0.1)
 
 
 def _is_about_another(error: RuntimeError) -> bool:
