@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ROOM = 7  # further positions that a grown cache has room for: little to copy, and rarely grown
+
 
 def attend(
     query: Tensor,
@@ -49,12 +51,15 @@ def attend(
     )
 
 
+BF16_HEAD = 64  # the size from which on a head's products are faster in bf16 than in fp32
+
+
 class _Explicit(torch.autograd.Function):
     """The formula and its derivative, each tensor converted and laid out once.
 
-    Products and softmax are in fp32 at least: on the CPU they are as fast as in bf16 at these
-    sizes, the softmax is three times faster, and no bf16 kernel has to be compiled for each shape.
-    Memory of results and gradients is laid out [B, T, H, K], so that merging heads copies nothing.
+    Products and softmax are in fp32 where heads are small: at such sizes that is as fast as bf16,
+    of which a kernel has to be compiled for each shape. Memory of results and gradients is laid
+    out [B, T, H, K], so that merging heads copies nothing.
     """
 
     @staticmethod
@@ -67,9 +72,11 @@ class _Explicit(torch.autograd.Function):
         causal: bool,
         dropout: float,
     ) -> Tensor:
-        exact = torch.promote_types(query.dtype, torch.float32)
+        dtype = query.dtype
+        if query.size(-1) < BF16_HEAD:
+            dtype = torch.promote_types(dtype, torch.float32)
         ctx.scale = 1 / math.sqrt(query.size(-1))
-        q, k, v = (_contiguous(x, exact).flatten(0, 1) for x in (query, key, value))
+        q, k, v = (_contiguous(x, dtype).flatten(0, 1) for x in (query, key, value))
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(ctx.scale)  # [B * H, T, S]
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -164,26 +171,30 @@ class Dropout(nn.Module):
 
 
 class KeyValueCache:
-    """The keys and values of the positions decoded so far, of one self-attention layer."""
+    """The keys and values of the positions decoded so far, of one self-attention layer.
+
+    They lie in a block with room for some positions more, where new ones are written in place.
+    """
 
     def __init__(self) -> None:
-        self.key: Tensor | None = None  # [B, H, S, K]
-        self.value: Tensor | None = None
+        self.block: Tensor | None = None  # [2, B, H, positions there is room for, K]
+        self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the newest positions [B, H, T, K]; returns all of them so far."""
-        if self.key is None or self.value is None:
-            self.key, self.value = key, value
-        else:
-            self.key = torch.cat([self.key, key], dim=2)
-            self.value = torch.cat([self.value, value], dim=2)
-        return self.key, self.value
+        start, self.length = self.length, self.length + key.size(2)
+        if self.block is None:
+            self.block = key.new_empty((2, *key.shape[:2], 0, key.size(3)))
+        if (missing := self.length - self.block.size(3)) > 0:
+            self.block = F.pad(self.block, (0, 0, 0, missing + ROOM))
+        self.block[0, :, :, start : self.length] = key
+        self.block[1, :, :, start : self.length] = value
+        return self.block[0, :, :, : self.length], self.block[1, :, :, : self.length]
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch, in that order."""
-        if self.key is not None and self.value is not None:
-            self.key = self.key.index_select(0, rows)
-            self.value = self.value.index_select(0, rows)
+        """Keep the given rows of the batch, in that order; any may be repeated or left out."""
+        if self.block is not None:
+            self.block = self.block.index_select(1, rows)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -66,7 +66,7 @@ class FeedForward(nn.Module):
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
         else:
-            hidden = F.relu(hidden)
+            hidden = F.relu(hidden, inplace=True)
         return self.outer(self.dropout(hidden))
 
 
@@ -157,6 +157,8 @@ class Transformer(nn.Module):
         self.encoder_norm = nn.LayerNorm(config.dim)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(config.dim)
+        self.output = nn.Linear(config.dim, vocab_size, bias=False, device="meta")
+        self.output.weight = target_table.weight
         self.length_head = LengthHead(config.dim) if config.length_head else None
         self.initialize()
 
@@ -167,7 +169,7 @@ class Transformer(nn.Module):
         residual stream starts out with the same variance whatever the depth (GPT-2's rule).
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module is not self.output:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -213,7 +215,7 @@ class Transformer(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
-        return F.linear(states, self.output_table)
+        return self.output(states)
 
     def log_length_ratio(self, memory: Tensor, source_mask: Tensor) -> Tensor:
         """The predicted log(target length / source length), in pieces with EOS: [B]."""
@@ -239,40 +241,42 @@ class Transformer(nn.Module):
 class DecoderState:
     """Hypotheses written in lockstep, a piece a step, with keys and values kept.
 
-    There are N = B * K of them: K for each of B sentences, those of a sentence side by side.
+    There are W for each of B sentences. The caches have a row for each, sentence by sentence.
     """
 
     def __init__(self, model: Transformer, memory: Tensor, source_mask: Tensor) -> None:
         self.model = model
         self.mask = source_mask[:, None, None]  # [B, 1, 1, S]
         self.memories = [layer.cross_attention.project(memory) for layer in model.decoder_layers]
-        self.owners = torch.arange(len(memory), device=memory.device)  # [N] row -> sentence
         self.caches = [KeyValueCache() for _ in model.decoder]
+        self.first_rows = torch.arange(len(memory), device=memory.device)  # [B] in the caches
+        self.num_rows = len(memory)
         self.position = 0
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """The newest piece of each hypothesis [N] -> logits of the next one [N, V]."""
-        x = self.model.target_embedding(tokens[:, None], start=self.position)
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Append a piece to hypotheses; logits of the next piece [B, W, V].
+
+        tokens, parents [B, W]: hypothesis w of sentence b is from now on the one that was at
+        parents[b, w] of that sentence, followed by tokens[b, w].
+        """
+        num_sentences, width = tokens.shape
+        rows = (self.first_rows.unsqueeze(1) + parents).flatten()
+        if self.position > 0 and (width > 1 or len(rows) < self.num_rows):
+            for cache in self.caches:
+                cache.reorder(rows)
+        if len(rows) != self.num_rows:
+            self.num_rows = len(rows)
+            self.first_rows = torch.arange(0, len(rows), width, device=rows.device)
+        x = self.model.target_embedding(tokens.view(-1, 1), start=self.position)
         for layer, memory, cache in zip(
             self.model.decoder, self.memories, self.caches, strict=True
         ):
             x = layer(x, memory, self.mask, cache=cache)
         self.position += 1
-        return self.model.logits(self.model.decoder_norm(x))[:, 0]
+        return self.model.logits(self.model.decoder_norm(x)).view(num_sentences, width, -1)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Go on with the given hypotheses [M], in that order; any may be repeated or left out.
-
-        Those of a sentence must stay side by side, and be equally many for each that is left; the
-        sentences keep their order.
-        """
-        for cache in self.caches:
-            cache.reorder(rows)
-        kept, owners, counts = self.owners[rows].unique_consecutive(
-            return_inverse=True, return_counts=True
-        )
-        assert (counts == counts[0]).all() and (kept.diff() > 0).all()
-        if len(kept) < len(self.mask):
-            self.mask = self.mask[kept]
-            self.memories = [(key[kept], value[kept]) for key, value in self.memories]
-        self.owners = owners
+    def keep(self, sentences: Tensor) -> None:
+        """Go on with the given sentences only, [B'], in ascending order."""
+        self.first_rows = self.first_rows[sentences]
+        self.mask = self.mask[sentences]
+        self.memories = [(key[sentences], value[sentences]) for key, value in self.memories]

@@ -3,12 +3,14 @@
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench_elsewhere import Elsewhere
 from bench_machine import median_ratio, seconds_of
 from mt.config import Config, Device, ModelConfig, Precision
 from mt.model import Transformer
@@ -89,14 +91,19 @@ def measure_decoding(
     if with_peer:
         import bench_peer  # needs the optional packages
 
-        choices["peer"] = bench_peer.decodings(
-            config.model,
-            source,
+        peer = Elsewhere(
+            bench_peer.PeerDecoding,
+            num_threads=runtime.num_threads,
+            config=config.model,
+            source=source,
             vocab_size=vocab_size,
             device=device,
             beam_size=beam_size,
             length=length,
         )
+        choices["peer"] = {
+            choice: partial(peer.call, "run", choice) for choice in peer.call("choices")
+        }
 
     subject = f"{config.model.name}, {vocab_size} pieces, sentences of {length}"
     row: dict[str, Any] = {
@@ -128,6 +135,7 @@ def measure_decoding(
         }
     if with_peer:
         row["peer"]["library"] = bench_peer.NAME
+        peer.close()
         row["ratio"] = median_ratio(times["peer"], times["ours"])  # of seconds, so upside down
     return row
 

@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -259,37 +259,47 @@ class PeerTraining:
         )
 
 
-def decodings(
-    config: ModelConfig,
-    source: Tensor,
-    *,
-    vocab_size: int,
-    device: torch.device,
-    beam_size: int,
-    length: int,
-) -> dict[str, Callable[[], Tensor]]:
-    """What translates source [B, S] into ``length`` pieces each, by precision and attention."""
+class PeerDecoding:
+    """MarianMTModel and its generate, on source [B, S] into ``length`` pieces a sentence."""
 
-    def generate(model: MarianMTModel) -> Tensor:
-        ids = source.to(device)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            num_beams=beam_size,
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        source: Tensor,
+        vocab_size: int,
+        device: torch.device,
+        beam_size: int,
+        length: int,
+    ) -> None:
+        self.source = source.to(device)
+        self.beam_size = beam_size
+        self.length = length
+        self.models: dict[str, MarianMTModel] = {}  # by precision and attention
+        for precision in PRECISIONS:
+            for attention in ATTENTIONS:
+                torch.manual_seed(1)
+                model = marian(config, vocab_size=vocab_size, attention=attention).eval()
+                self.models[f"{precision.value} {attention}"] = model.to(
+                    device=device, dtype=DTYPES[precision]
+                )
+
+    @property
+    def choices(self) -> list[str]:
+        """The combinations of precision and attention."""
+        return list(self.models)
+
+    def run(self, choice: str) -> None:
+        """Translate all sentences once."""
+        output = self.models[choice].generate(
+            input_ids=self.source,
+            attention_mask=torch.ones_like(self.source),
+            num_beams=self.beam_size,
             do_sample=False,
             use_cache=True,
-            early_stopping=beam_size > 1,
-            min_new_tokens=length,
-            max_new_tokens=length,
+            early_stopping=self.beam_size > 1,
+            min_new_tokens=self.length,
+            max_new_tokens=self.length,
         )
-        assert output.shape == (len(source), 1 + length)
-        return output
-
-    works = {}
-    for precision in PRECISIONS:
-        for attention in ATTENTIONS:
-            torch.manual_seed(1)
-            model = marian(config, vocab_size=vocab_size, attention=attention).eval()
-            model = model.to(device=device, dtype=DTYPES[precision])
-            works[f"{precision.value} {attention}"] = lambda model=model: generate(model)
-    return works
+        assert output.shape == (len(self.source), 1 + self.length)
+        synchronize(self.source.device)

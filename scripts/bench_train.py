@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bench_elsewhere import Elsewhere
 from bench_machine import (
     STEPS_AHEAD,
     forget_peak_memory,
@@ -74,6 +75,19 @@ class OurTraining:
             num_positions=sum(result.num_positions for result in results),
             num_padding=sum(result.num_padding for result in results),
         )
+
+
+class PeerElsewhere(Elsewhere):
+    """The peer, in a process of its own."""
+
+    @property
+    def precision(self) -> Precision:
+        """That of its matrix products."""
+        return self.call("precision")
+
+    def run(self, seconds: float) -> Turn:
+        """Train for so long, then to the end of the step."""
+        return self.call("run", seconds)
 
 
 def fitting_lengths(config: Config, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
@@ -154,10 +168,12 @@ def measure_training(
         import bench_peer  # needs the optional packages
 
         steps_an_epoch = ours.num_steps / ours.trainer.epochs
-        peer = bench_peer.PeerTraining.best(
-            config,
-            corpus,
-            runtime,
+        peer = PeerElsewhere(
+            bench_peer.PeerTraining.best,
+            num_threads=runtime.num_threads,
+            config=config,
+            corpus=corpus,
+            runtime=runtime,
             batch_size=round(len(target_lengths) / steps_an_epoch),
             choice=peer_choice,
         )
@@ -203,7 +219,8 @@ def measure_training(
         }
     row["ours"]["peak_memory"] = memory
     if with_peer:
-        row["peer"] |= {"library": bench_peer.NAME, "choice": peer.choice, "trials": peer.trials}
-        row["peer"]["batch_size"] = peer.batch_size  # sentences
+        row["peer"] |= {"library": bench_peer.NAME, "batch_size": peer.call("batch_size")}
+        row["peer"] |= {name: peer.call(name) for name in ("choice", "trials")}
+        peer.close()
         row["ratio"] = median_ratio(row["ours"]["turns"], row["peer"]["turns"])
     return row

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mt.attention import (
+    ROOM,
     CrossAttention,
     Dropout,
     KeyValueCache,
@@ -222,9 +223,10 @@ def test_causal_weights_do_not_look_ahead() -> None:
 
 def test_one_position_at_a_time_is_all_at_once() -> None:
     layer = with_biases(SelfAttention(H * K, num_heads=H))
-    x = random(B, S, H * K)
+    length = 2 * ROOM + 5  # the cache grows more than once
+    x = random(B, length, H * K)
     cache = KeyValueCache()
-    steps = [layer(x[:, position : position + 1], cache=cache) for position in range(S)]
+    steps = [layer(x[:, position : position + 1], cache=cache) for position in range(length)]
     same(torch.cat(steps, dim=1), layer(x, causal=True))
 
 

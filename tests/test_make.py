@@ -164,7 +164,23 @@ def test_a_line_break_cannot_leave_its_setting(project: Path) -> None:
 def test_names_that_belong_to_make_stay_there(project: Path) -> None:
     result = make(project, "train", "NPROC=2", "PYTHON=python9", "-j2", "a=1", MAKEFLAGS="s")
     assert result.returncode == 0, result.stderr
+    (call,) = calls(project)
+    assert call[:2] == ["python", "scripts/launch.py"]
+    assert call[2:] == ["--standalone", "--nproc-per-node", "2", "scripts/train.py", "a=1"]
+
+
+@pytest.mark.parametrize("arguments", [["NPROC=1"], ["NPROC="], []])
+def test_one_process_needs_no_launcher(project: Path, arguments: list[str]) -> None:
+    result = make(project, "train", "a=1", *arguments, NPROC="8")  # the environment's is ignored
+    assert result.returncode == 0, result.stderr
     assert calls(project) == [["python", "scripts/train.py", "a=1"]]
+
+
+def test_the_number_of_processes_is_one_word(project: Path) -> None:
+    make(project, "train", "NPROC=2;touch stolen $(touch stolen)")
+    (call,) = calls(project)
+    assert call[4:] == ["2;touch stolen $(touch stolen)", "scripts/train.py"]
+    assert not (project / "stolen").exists()
 
 
 def test_the_environment_is_no_setting(project: Path) -> None:
