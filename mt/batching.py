@@ -31,13 +31,19 @@ class Batch:
     num_tokens: int  # target pieces with EOS, without padding
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
+        """The same batch on a device. A GPU fetches it by itself while the host goes on."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and not tensor.is_cuda:
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
         return Batch(
-            source=self.source.to(device, non_blocking=True),
-            target_in=self.target_in.to(device, non_blocking=True),
-            target_out=self.target_out.to(device, non_blocking=True),
-            source_mask=self.source_mask.to(device, non_blocking=True),
-            target_mask=self.target_mask.to(device, non_blocking=True),
+            source=move(self.source),
+            target_in=move(self.target_in),
+            target_out=move(self.target_out),
+            source_mask=move(self.source_mask),
+            target_mask=move(self.target_mask),
             num_tokens=self.num_tokens,
         )
 
