@@ -66,7 +66,7 @@ class FeedForward(nn.Module):
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
         else:
-            hidden = F.relu(hidden, inplace=True)
+            hidden = F.relu(hidden)
         return self.outer(self.dropout(hidden))
 
 

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import bench_results as results
+from benchmarks import results
 
 SUBJECT = ["model=small", "tokenizer.vocab_size=8000", "optim=adamw", "train.batch_tokens=4096"]
 
@@ -99,10 +99,10 @@ def parse() -> argparse.Namespace:
 
 def run_train(options: argparse.Namespace) -> None:
     """Training: target tokens a second, padding, memory, share of the machine's limit."""
-    from bench_subject import compose_subject
+    from benchmarks.subject import compose_subject
 
     config = compose_subject(SUBJECT, options.settings)
-    from bench_train import measure_training
+    from benchmarks.train import measure_training
     from mt.corpus import prepare
 
     corpus = prepare(config.data, config.tokenizer)
@@ -124,10 +124,10 @@ def run_decode(options: argparse.Namespace) -> None:
         raise ValueError("--model and --text go together")
     if options.model and (options.peer or options.settings):
         raise ValueError("--model is measured alone, and brings its own settings")
-    from bench_decode import measure_decoding, measure_model
+    from benchmarks.decode import measure_decoding, measure_model
 
     if options.model is None:
-        from bench_subject import compose_subject
+        from benchmarks.subject import compose_subject
 
         config = compose_subject(SUBJECT, options.settings)
     for batch_size in options.batch:
@@ -156,7 +156,7 @@ def run_decode(options: argparse.Namespace) -> None:
 
 def run_corpus(options: argparse.Namespace) -> None:
     """Preparing a corpus: how long it takes, and how much memory."""
-    from bench_corpus import measure_corpus
+    from benchmarks.corpus import measure_corpus
 
     measured = measure_corpus(options.pairs, options.folder)
     results.store(
@@ -166,12 +166,12 @@ def run_corpus(options: argparse.Namespace) -> None:
 
 def run_gpu(options: argparse.Namespace) -> None:
     """All that is to be measured on a GPU; rows that the results have are left out."""
-    import bench_gpu
+    from benchmarks import gpu
 
     if options.prepare is not None:
-        bench_gpu.prepare_folder(options.prepare)
+        gpu.prepare_folder(options.prepare)
     else:
-        bench_gpu.measure_folder(
+        gpu.measure_folder(
             options.source,
             options.out.resolve(),
             only=options.only,

@@ -9,11 +9,11 @@ from tiny import SOURCES, files_config, save_tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench_results as results
-from bench_decode import OurDecoding, measure_decoding, measure_model, random_sources
-from bench_machine import median_ratio
-from bench_subject import compose_subject
-from bench_train import measure_training, training_flops
+from benchmarks import results
+from benchmarks.decode import OurDecoding, measure_decoding, measure_model, random_sources
+from benchmarks.machine import median_ratio
+from benchmarks.subject import compose_subject
+from benchmarks.train import measure_training, training_flops
 from mt.config import (
     Activation,
     Config,
@@ -77,8 +77,8 @@ def test_the_decoded_work_is_fixed(beam_size: int, precision: Precision) -> None
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements as short as they can be."""
-    monkeypatch.setattr("bench_machine.SIZE", 16)
-    monkeypatch.setattr("bench_decode.TRIAL", 0.0)
+    monkeypatch.setattr("benchmarks.machine.SIZE", 16)
+    monkeypatch.setattr("benchmarks.decode.TRIAL", 0.0)
 
 
 def test_training_is_measured_with_its_own_optimizer_and_with_muon(

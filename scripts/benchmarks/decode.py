@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_elsewhere import Elsewhere
-from bench_machine import median_ratio, seconds_of
+from benchmarks.elsewhere import Elsewhere
+from benchmarks.machine import median_ratio, seconds_of
 from mt.config import Config, Device, ModelConfig, Precision
 from mt.model import Transformer
 from mt.packed import can_pack, for_inference
@@ -89,10 +89,10 @@ def measure_decoding(
 
     choices = {"ours": {dtype: ours(dtype) for dtype in dtypes}}
     if with_peer:
-        import bench_peer  # needs the optional packages
+        from benchmarks.peer import NAME, PeerDecoding  # needs the optional packages
 
         peer = Elsewhere(
-            bench_peer.PeerDecoding,
+            PeerDecoding,
             num_threads=runtime.num_threads,
             config=config.model,
             source=source,
@@ -134,7 +134,7 @@ def measure_decoding(
             "num_calls": len(times[side]),
         }
     if with_peer:
-        row["peer"]["library"] = bench_peer.NAME
+        row["peer"]["library"] = NAME
         peer.close()
         row["ratio"] = median_ratio(times["peer"], times["ours"])  # of seconds, so upside down
     return row

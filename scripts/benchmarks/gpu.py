@@ -17,10 +17,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bench_results as results
+from benchmarks import results
 from mt.config import Config, load_config, save_config
 
-# Each with the usual settings that the subject is made of: see bench_subject.
+# Each with the usual settings that the subject is made of: see subject.py.
 CONFIGS = {
     "train/base-8192": ["model=base", "train.batch_tokens=8192"],
     "train/base-32768": ["model=base", "train.batch_tokens=32768"],
@@ -34,7 +34,7 @@ BEAM_SIZE, BATCH_SIZE, LENGTH = 4, 256, 20
 
 def prepare_folder(folder: Path) -> None:
     """Fill the folder with configs, raw text and prepared text; what is there is kept."""
-    from bench_subject import compose_subject
+    from benchmarks.subject import compose_subject
     from mt.corpus import prepare
 
     configs: dict[str, Config] = {}
@@ -93,7 +93,7 @@ def measure_folder(folder: Path, out: Path, *, only: str | None, with_peer: bool
 
 
 def _measure_train(config: Config, *, with_peer: bool) -> dict[str, Any]:
-    from bench_train import measure_training
+    from benchmarks.train import measure_training
     from mt.corpus import prepare
 
     corpus = prepare(config.data, config.tokenizer)
@@ -103,7 +103,7 @@ def _measure_train(config: Config, *, with_peer: bool) -> dict[str, Any]:
 
 
 def _measure_decode(config: Config, *, with_peer: bool) -> dict[str, Any]:
-    from bench_decode import measure_decoding
+    from benchmarks.decode import measure_decoding
 
     return measure_decoding(
         config,
@@ -121,7 +121,7 @@ def _measure_quality(config: Config, *, with_peer: bool) -> dict[str, Any]:
     """Train, and score tokens against tokens: for text that is tokenized and lowercased already."""
     from sacrebleu.metrics.bleu import BLEU
 
-    from bench_train import OurTraining
+    from benchmarks.train import OurTraining
     from mt.corpus import prepare
     from mt.runs import Run
     from mt.runtime import resolve

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench_elsewhere import Elsewhere
-from bench_machine import (
+from benchmarks.elsewhere import Elsewhere
+from benchmarks.machine import (
     STEPS_AHEAD,
     forget_peak_memory,
     median_ratio,
@@ -165,11 +165,11 @@ def measure_training(
     memory = peak_memory(runtime.device)  # before the others are in it
     sides: dict[str, Side] = {"ours": ours}
     if with_peer:
-        import bench_peer  # needs the optional packages
+        from benchmarks.peer import NAME, PeerTraining  # needs the optional packages
 
         steps_an_epoch = ours.num_steps / ours.trainer.epochs
         peer = PeerElsewhere(
-            bench_peer.PeerTraining.best,
+            PeerTraining.best,
             num_threads=runtime.num_threads,
             config=config,
             corpus=corpus,
@@ -219,7 +219,7 @@ def measure_training(
         }
     row["ours"]["peak_memory"] = memory
     if with_peer:
-        row["peer"] |= {"library": bench_peer.NAME, "batch_size": peer.call("batch_size")}
+        row["peer"] |= {"library": NAME, "batch_size": peer.call("batch_size")}
         row["peer"] |= {name: peer.call(name) for name in ("choice", "trials")}
         peer.close()
         row["ratio"] = median_ratio(row["ours"]["turns"], row["peer"]["turns"])

@@ -1,16 +1,13 @@
-"""What a corpus of a given size costs: scripts/bench_corpus.py [--pairs 2000000] [--folder DIR].
+"""What a corpus of a given size costs: preparation, memory, the first step.
 
 Text is made up, with the lengths of sentences and the frequencies of words that text has; it is
-prepared, and a training takes one step on it. Prints JSON.
+prepared, and a training takes one step on it.
 """
 
-import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import tracemalloc
 from collections.abc import Sequence
@@ -25,7 +22,7 @@ from mt.batching import BatchOrder, Sequences, load_batch
 from mt.config import TrainConfig
 from mt.corpus import find
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parent.parent
 NUM_WORDS = 100_000  # of a language
 CHUNK = 50_000  # pairs written at once
 VOCAB_SIZE = 8000
@@ -167,13 +164,3 @@ def _write(file: Any, vocabulary: pa.Array, words: np.ndarray, lengths: np.ndarr
     lines = pa.ListArray.from_arrays(offsets, vocabulary.take(pa.array(words)))
     text = pc.utf8_capitalize(pc.binary_join(lines, " "))
     file.write("".join(f"{line}.\n" for line in text.to_pylist()).encode())
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=2_000_000)
-    parser.add_argument("--folder", type=Path, help="keep text and results there")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        result = measure_corpus(options.pairs, options.folder or Path(temporary))
-    print(json.dumps(result, indent=2))

@@ -21,8 +21,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from bench_machine import STEPS_AHEAD, synchronize
-from bench_train import Turn
+from benchmarks.machine import STEPS_AHEAD, synchronize
+from benchmarks.train import Turn
 from mt.batching import Sequences, pad
 from mt.config import Activation, Config, ModelConfig, Precision
 from mt.corpus import Corpus
