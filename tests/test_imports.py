@@ -42,11 +42,12 @@ LAYERS: dict[str, set[str]] = {
     "validate": {
         "batching", "corpus", "evaluate", "model", "monitor", "runtime", "translate",
     },
+    "signals": {"ranks"},
     "preflight": {"batching", "corpus", "runtime", "trainer"},
     "budget": {"corpus", "preflight", "ranks", "runs", "runtime", "trainer"},
     "train": {
         "budget", "checkpoint", "corpus", "evaluate", "monitor", "ranks", "runs", "runtime",
-        "trainer", "validate",
+        "signals", "trainer", "validate",
     },
 }  # fmt: skip
 
