@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import shutil
 import time
 from collections import deque
