@@ -39,7 +39,7 @@ def examine(split: Dataset, clean: CleanConfig, *, file: Path) -> Dataset:
         return Dataset.from_dict({name: [] for name in _EXAMINED}, features=_EXAMINED)
     num_processes = min(os.cpu_count() or 1, len(split) // PAIRS_A_PROCESS)
     examined = split.with_format("arrow").map(
-        _examine_batch,
+        examine_batch,
         batched=True,
         batch_size=NUM_ROWS,
         writer_batch_size=NUM_ROWS,
@@ -69,7 +69,8 @@ _EXAMINED = Features(
 )
 
 
-def _examine_batch(batch: pa.Table, *, nfc: bool, control: bool) -> pa.Table:
+def examine_batch(batch: pa.Table, *, nfc: bool, control: bool) -> pa.Table:
+    """Pairs -> the same with the columns of ``_EXAMINED``."""
     columns: dict[str, Any] = {"nfc": False, "control": False}
     for side in ("source", "target"):
         texts, changed = _normalize(batch[side].fill_null(""), nfc=nfc, control=control)
@@ -122,6 +123,8 @@ def leak_key(text: str) -> str:
 
 def leak_keys(texts: Sequence[str]) -> list[str]:
     """``leak_key`` of each text."""
+    if not texts:
+        return []
     # As lines of one text: for each by itself the calls would take most of the time.
     joined = "\n".join(text.replace("\n", " ") for text in texts)
     folded = unicodedata.normalize("NFC", joined.casefold())
