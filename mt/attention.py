@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEW_ROWS = 16  # below, one kernel is faster than its parts one by one
 ROOM = 7  # further positions that a grown cache has room for: little to copy, and rarely grown
 
 
@@ -177,24 +178,39 @@ class KeyValueCache:
     """
 
     def __init__(self) -> None:
-        self.block: Tensor | None = None  # [2, B, H, positions there is room for, K]
+        self.key: Tensor | None = None  # [B, H, positions there is room for, K]
+        self.value: Tensor | None = None
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the newest positions [B, H, T, K]; returns all of them so far."""
         start, self.length = self.length, self.length + key.size(2)
-        if self.block is None:
-            self.block = key.new_empty((2, *key.shape[:2], 0, key.size(3)))
-        if (missing := self.length - self.block.size(3)) > 0:
-            self.block = F.pad(self.block, (0, 0, 0, missing + ROOM))
-        self.block[0, :, :, start : self.length] = key
-        self.block[1, :, :, start : self.length] = value
-        return self.block[0, :, :, : self.length], self.block[1, :, :, : self.length]
+        if self.key is None or self.value is None:
+            self.key = self.value = key[:, :, :0]
+        if (missing := self.length - self.key.size(2)) > 0:
+            self.key = F.pad(self.key, (0, 0, 0, missing + ROOM))
+            self.value = F.pad(self.value, (0, 0, 0, missing + ROOM))
+        self.key[:, :, start : self.length] = key
+        self.value[:, :, start : self.length] = value
+        return self.key[:, :, : self.length], self.value[:, :, : self.length]
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order; any may be repeated or left out."""
-        if self.block is not None:
-            self.block = self.block.index_select(1, rows)
+        if self.key is not None and self.value is not None:
+            self.key = self.key.index_select(0, rows)
+            self.value = self.value.index_select(0, rows)
+
+
+def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:func:`attend` for the few queries a row that decoding has, without a gradient.
+
+    On the CPU the formula written out is up to three times faster there than the fused kernel,
+    unless there are few rows, too. Keys and values should be contiguous.
+    """
+    if query.device.type != "cpu" or query.size(0) < FEW_ROWS:
+        return attend(query, key, value, mask)
+    weights = attention_weights(query, key, mask)
+    return (weights @ value.to(weights.dtype)).to(query.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -242,7 +258,8 @@ class SelfAttention(nn.Module):
         """
         query, key, value = self._project(x)
         if cache is not None:
-            key, value = cache.append(key, value)
+            assert not causal
+            return self.out(merge_heads(attend_few(query, *cache.append(key, value), mask)))
         dropout = self.dropout if self.training else 0.0
         return self.out(
             merge_heads(attend(query, key, value, mask, causal=causal, dropout=dropout))
@@ -282,8 +299,10 @@ class CrossAttention(nn.Module):
 
         mask: boolean, broadcastable to [B, H, T, S]; True = may attend. Returns [B, T, D].
         """
-        keys, values = key if isinstance(key, tuple) else self.project(key)
         query = split_heads(self.query(x), self.num_heads)
+        if isinstance(key, tuple):
+            return self.out(merge_heads(attend_few(query, *key, mask)))
+        keys, values = self.project(key)
         dropout = self.dropout if self.training else 0.0
         return self.out(merge_heads(attend(query, keys, values, mask, dropout=dropout)))
 

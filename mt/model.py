@@ -247,7 +247,10 @@ class DecoderState:
     def __init__(self, model: Transformer, memory: Tensor, source_mask: Tensor) -> None:
         self.model = model
         self.mask = source_mask[:, None, None]  # [B, 1, 1, S]
-        self.memories = [layer.cross_attention.project(memory) for layer in model.decoder_layers]
+        self.memories = [
+            tuple(part.contiguous() for part in layer.cross_attention.project(memory))
+            for layer in model.decoder_layers
+        ]
         self.caches = [KeyValueCache() for _ in model.decoder]
         self.first_rows = torch.arange(len(memory), device=memory.device)  # [B] in the caches
         self.num_rows = len(memory)
