@@ -14,7 +14,8 @@ from bench_elsewhere import Elsewhere
 from bench_machine import median_ratio, seconds_of
 from mt.config import Config, Device, ModelConfig, Precision
 from mt.model import Transformer
-from mt.runtime import DTYPES, resolve
+from mt.packed import can_pack, for_inference
+from mt.runtime import Runtime, resolve
 from mt.search import Hypothesis, beam_search
 from mt.tokenizer import EOS, UNK
 from mt.translate import Translator
@@ -33,17 +34,17 @@ def random_sources(num_sentences: int, *, length: int, vocab_size: int) -> Tenso
 class OurDecoding:
     """A model with random weights that never ends a sentence before its bound."""
 
-    def __init__(
-        self, config: ModelConfig, *, vocab_size: int, device: torch.device, precision: Precision
-    ) -> None:
+    def __init__(self, config: ModelConfig, runtime: Runtime, *, vocab_size: int) -> None:
         torch.manual_seed(1)
-        self.model = Transformer(config, vocab_size=vocab_size).eval()
+        model = Transformer(config, vocab_size=vocab_size).eval()
         with torch.no_grad():
             # The elements of a state have mean 1 with this, so that EOS has the logit -30 D.
-            self.model.decoder_norm.bias.fill_(1.0)
-            self.model.output_table[EOS] = -30.0
-        self.model.to(device=device, dtype=DTYPES[precision])
-        self.device = device
+            model.decoder_norm.bias.fill_(1.0)
+            model.output_table[EOS] = -30.0
+        # Laid out as the Translator's is.
+        dtype = torch.float32 if can_pack(runtime) else runtime.dtype
+        self.model = for_inference(model.to(device=runtime.device, dtype=dtype), runtime)
+        self.device = runtime.device
 
     @torch.inference_mode()
     def run(self, source: Tensor, *, beam_size: int, length: int) -> list[list[Hypothesis]]:
@@ -82,9 +83,8 @@ def measure_decoding(
     source = random_sources(batch_size, length=length, vocab_size=vocab_size)
 
     def ours(dtype: str) -> Callable[[], object]:
-        decoding = OurDecoding(
-            config.model, vocab_size=vocab_size, device=device, precision=Precision[dtype]
-        )
+        variant = dataclasses.replace(runtime, precision=Precision[dtype])
+        decoding = OurDecoding(config.model, variant, vocab_size=vocab_size)
         return lambda: decoding.run(source, beam_size=beam_size, length=length)
 
     choices = {"ours": {dtype: ours(dtype) for dtype in dtypes}}

@@ -26,6 +26,7 @@ from mt.config import (
 from mt.corpus import prepare
 from mt.loss import cross_entropy
 from mt.model import Transformer
+from mt.runtime import Runtime
 from mt.tokenizer import EOS, PAD
 
 VOCAB = 40
@@ -62,14 +63,15 @@ def test_the_counted_flops_are_those_of_a_training_step(activation: Activation) 
 @pytest.mark.parametrize("beam_size", [1, 3])
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_the_decoded_work_is_fixed(beam_size: int, precision: Precision) -> None:
-    device = torch.device("cpu")
-    decoding = OurDecoding(shape(), vocab_size=VOCAB, device=device, precision=precision)
+    runtime = Runtime(device=torch.device("cpu"), precision=precision, num_threads=1)
+    decoding = OurDecoding(shape(), runtime, vocab_size=VOCAB)
     source = random_sources(4, length=6, vocab_size=VOCAB)
     assert source.shape == (4, 6)
     found = decoding.run(source, beam_size=beam_size, length=9)
     assert [len(best[0].ids) + 1 for best in found] == [9] * 4  # with EOS
     # And that not by chance: no piece is ever as unlikely as the end of sentence.
-    logits = decoding.model(source, source, torch.ones_like(source, dtype=torch.bool))
+    with torch.inference_mode():
+        logits = decoding.model(source, source, torch.ones_like(source, dtype=torch.bool))
     assert (logits[..., EOS] < logits[..., EOS + 1 :].min(-1).values - 100).all()
 
 
