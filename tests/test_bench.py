@@ -70,7 +70,8 @@ def test_the_decoded_work_is_fixed(beam_size: int, precision: Precision) -> None
     found = decoding.run(source, beam_size=beam_size, length=9)
     assert [len(best[0].ids) + 1 for best in found] == [9] * 4  # with EOS
     # And that not by chance: no piece is ever as unlikely as the end of sentence.
-    logits = decoding.model(source, source, torch.ones_like(source, dtype=torch.bool))
+    with torch.inference_mode():
+        logits = decoding.model(source, source, torch.ones_like(source, dtype=torch.bool))
     assert (logits[..., EOS] < logits[..., EOS + 1 :].min(-1).values - 100).all()
 
 
