@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEW_ROWS = 16  # below, one kernel is faster than its parts one by one
 ROOM = 7  # further positions that a grown cache has room for: little to copy, and rarely grown
 
 
@@ -98,30 +99,60 @@ class Dropout(nn.Module):
 
 
 class KeyValueCache:
-    """The keys and values of the positions decoded so far, of one self-attention layer.
+    """The keys and values of the positions decoded so far, of all self-attention layers.
 
-    They lie in a block with room for some positions more, where new ones are written in place.
+    They lie in one block with room for some positions more, where new ones are written in place.
     """
 
-    def __init__(self) -> None:
-        self.block: Tensor | None = None  # [2, B, H, positions there is room for, K]
-        self.length = 0
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerCache(self, layer) for layer in range(num_layers)]
+        self.block: Tensor | None = None  # [layers, 2, B, H, positions there is room for, K]
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest positions [B, H, T, K]; returns all of them so far."""
-        start, self.length = self.length, self.length + key.size(2)
+    def append(
+        self, layer: int, position: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the newest positions [B, H, T, K] of a layer; returns all of them so far."""
+        end = position + key.size(2)
         if self.block is None:
-            self.block = key.new_empty((2, *key.shape[:2], 0, key.size(3)))
-        if (missing := self.length - self.block.size(3)) > 0:
+            self.block = key.new_empty((len(self.layers), 2, *key.shape[:2], 0, key.size(3)))
+        if (missing := end - self.block.size(4)) > 0:
             self.block = F.pad(self.block, (0, 0, 0, missing + ROOM))
-        self.block[0, :, :, start : self.length] = key
-        self.block[1, :, :, start : self.length] = value
-        return self.block[0, :, :, : self.length], self.block[1, :, :, : self.length]
+        keys, values = self.block[layer, 0, :, :, :end], self.block[layer, 1, :, :, :end]
+        keys[:, :, position:] = key
+        values[:, :, position:] = value
+        return keys, values
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order; any may be repeated or left out."""
         if self.block is not None:
-            self.block = self.block.index_select(1, rows)
+            num_blocks, batch = self.block.shape[:2].numel(), self.block.size(2)
+            firsts = torch.arange(0, num_blocks * batch, batch, device=rows.device)
+            chosen = self.block.flatten(0, 2).index_select(0, (firsts[:, None] + rows).flatten())
+            self.block = chosen.unflatten(0, (*self.block.shape[:2], len(rows)))
+
+
+class LayerCache:
+    """A layer's part of a :class:`KeyValueCache`."""
+
+    def __init__(self, cache: KeyValueCache, layer: int) -> None:
+        self.cache, self.layer, self.length = cache, layer, 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest positions [B, H, T, K]; returns all of them so far."""
+        start, self.length = self.length, self.length + key.size(2)
+        return self.cache.append(self.layer, start, key, value)
+
+
+def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:func:`attend` for the few queries a row that decoding has, without a gradient.
+
+    On the CPU the formula written out is up to three times faster there than the fused kernel,
+    unless there are few rows, too. Keys and values should be contiguous.
+    """
+    if query.device.type != "cpu" or query.size(0) < FEW_ROWS:
+        return attend(query, key, value, mask)
+    weights = attention_weights(query, key, mask)
+    return (weights @ value.to(weights.dtype)).to(query.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -160,7 +191,7 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         *,
         causal: bool = False,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D].
 
@@ -169,7 +200,8 @@ class SelfAttention(nn.Module):
         """
         query, key, value = self._project(x)
         if cache is not None:
-            key, value = cache.append(key, value)
+            assert not causal
+            return self.out(merge_heads(attend_few(query, *cache.append(key, value), mask)))
         dropout = self.dropout if self.training else 0.0
         return self.out(
             merge_heads(attend(query, key, value, mask, causal=causal, dropout=dropout))
@@ -209,8 +241,10 @@ class CrossAttention(nn.Module):
 
         mask: boolean, broadcastable to [B, H, T, S]; True = may attend. Returns [B, T, D].
         """
-        keys, values = key if isinstance(key, tuple) else self.project(key)
         query = split_heads(self.query(x), self.num_heads)
+        if isinstance(key, tuple):
+            return self.out(merge_heads(attend_few(query, *key, mask)))
+        keys, values = self.project(key)
         dropout = self.dropout if self.training else 0.0
         return self.out(merge_heads(attend(query, keys, values, mask, dropout=dropout)))
 

@@ -26,10 +26,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D'], in the type of x"""
-        product = torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self.weight, self.bias, "none", [], ""
-        )
-        return product.to(x.dtype)
+        given, x = x.dtype, x if x.dtype is self.dtype else x.to(self.dtype)
+        product = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return product if product.dtype is given else product.to(given)
 
 
 def can_pack(runtime: Runtime) -> bool:
@@ -37,7 +36,9 @@ def can_pack(runtime: Runtime) -> bool:
     if runtime.device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     operators = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise")):
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return False
     if runtime.dtype == torch.bfloat16:
         return bool(operators._is_mkldnn_bf16_supported())
