@@ -227,7 +227,9 @@ def test_one_position_at_a_time_is_all_at_once() -> None:
     length = 2 * ROOM + 5  # the cache grows more than once
     x = random(B, length, H * K)
     cache = KeyValueCache(1)
-    steps = [layer(x[:, position : position + 1], cache=cache.layers[0]) for position in range(length)]
+    steps = [
+        layer(x[:, position : position + 1], cache=cache.layers[0]) for position in range(length)
+    ]
     same(torch.cat(steps, dim=1), layer(x, causal=True))
 
 
