@@ -172,33 +172,48 @@ class Dropout(nn.Module):
 
 
 class KeyValueCache:
-    """The keys and values of the positions decoded so far, of one self-attention layer.
+    """The keys and values of the positions decoded so far, of all self-attention layers.
 
-    They lie in a block with room for some positions more, where new ones are written in place.
+    They lie in one block with room for some positions more, where new ones are written in place.
     """
 
-    def __init__(self) -> None:
-        self.key: Tensor | None = None  # [B, H, positions there is room for, K]
-        self.value: Tensor | None = None
-        self.length = 0
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerCache(self, layer) for layer in range(num_layers)]
+        self.block: Tensor | None = None  # [layers, 2, B, H, positions there is room for, K]
+
+    def append(
+        self, layer: int, position: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the newest positions [B, H, T, K] of a layer; returns all of them so far."""
+        end = position + key.size(2)
+        if self.block is None:
+            self.block = key.new_empty((len(self.layers), 2, *key.shape[:2], 0, key.size(3)))
+        if (missing := end - self.block.size(4)) > 0:
+            self.block = F.pad(self.block, (0, 0, 0, missing + ROOM))
+        keys, values = self.block[layer, 0, :, :, :end], self.block[layer, 1, :, :, :end]
+        keys[:, :, position:] = key
+        values[:, :, position:] = value
+        return keys, values
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order; any may be repeated or left out."""
+        if self.block is not None:
+            num_blocks, batch = self.block.shape[:2].numel(), self.block.size(2)
+            firsts = torch.arange(0, num_blocks * batch, batch, device=rows.device)
+            chosen = self.block.flatten(0, 2).index_select(0, (firsts[:, None] + rows).flatten())
+            self.block = chosen.unflatten(0, (*self.block.shape[:2], len(rows)))
+
+
+class LayerCache:
+    """A layer's part of a :class:`KeyValueCache`."""
+
+    def __init__(self, cache: KeyValueCache, layer: int) -> None:
+        self.cache, self.layer, self.length = cache, layer, 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the newest positions [B, H, T, K]; returns all of them so far."""
         start, self.length = self.length, self.length + key.size(2)
-        if self.key is None or self.value is None:
-            self.key = self.value = key[:, :, :0]
-        if (missing := self.length - self.key.size(2)) > 0:
-            self.key = F.pad(self.key, (0, 0, 0, missing + ROOM))
-            self.value = F.pad(self.value, (0, 0, 0, missing + ROOM))
-        self.key[:, :, start : self.length] = key
-        self.value[:, :, start : self.length] = value
-        return self.key[:, :, : self.length], self.value[:, :, : self.length]
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch, in that order; any may be repeated or left out."""
-        if self.key is not None and self.value is not None:
-            self.key = self.key.index_select(0, rows)
-            self.value = self.value.index_select(0, rows)
+        return self.cache.append(self.layer, start, key, value)
 
 
 def attend_few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -249,7 +264,7 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         *,
         causal: bool = False,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D].
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mt.attention import CrossAttention, Dropout, KeyValueCache, SelfAttention, WeightedAttention
+from mt.attention import (
+    CrossAttention,
+    Dropout,
+    KeyValueCache,
+    LayerCache,
+    SelfAttention,
+    WeightedAttention,
+)
 from mt.config import Activation, ModelConfig, Tie
 
 
@@ -112,7 +119,7 @@ class DecoderLayer(nn.Module):
         memory: Tensor | tuple[Tensor, Tensor],
         memory_mask: Tensor | None,
         *,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]; memory [B, S, D] or its keys and values; mask [B, 1, 1, S].
 
@@ -246,16 +253,18 @@ class DecoderState:
 
     def __init__(self, model: Transformer, memory: Tensor, source_mask: Tensor) -> None:
         self.model = model
-        self.mask = source_mask[:, None, None]  # [B, 1, 1, S]
+        # [B, 1, 1, S]; None where there is no padding, since a mask costs time
+        self.mask = None if bool(source_mask.all()) else source_mask[:, None, None]
         self.memories = [
             tuple(part.contiguous() for part in layer.cross_attention.project(memory))
             for layer in model.decoder_layers
         ]
-        self.caches = [KeyValueCache() for _ in model.decoder]
+        self.cache = KeyValueCache(len(model.decoder))
         self.first_rows = torch.arange(len(memory), device=memory.device)  # [B] in the caches
         self.num_rows = len(memory)
         self.position = 0
 
+    @torch.no_grad()
     def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """Append a piece to hypotheses; logits of the next piece [B, W, V].
 
@@ -265,14 +274,13 @@ class DecoderState:
         num_sentences, width = tokens.shape
         rows = (self.first_rows.unsqueeze(1) + parents).flatten()
         if self.position > 0 and (width > 1 or len(rows) < self.num_rows):
-            for cache in self.caches:
-                cache.reorder(rows)
+            self.cache.reorder(rows)
         if len(rows) != self.num_rows:
             self.num_rows = len(rows)
             self.first_rows = torch.arange(0, len(rows), width, device=rows.device)
         x = self.model.target_embedding(tokens.view(-1, 1), start=self.position)
         for layer, memory, cache in zip(
-            self.model.decoder, self.memories, self.caches, strict=True
+            self.model.decoder, self.memories, self.cache.layers, strict=True
         ):
             x = layer(x, memory, self.mask, cache=cache)
         self.position += 1
@@ -281,5 +289,5 @@ class DecoderState:
     def keep(self, sentences: Tensor) -> None:
         """Go on with the given sentences only, [B'], in ascending order."""
         self.first_rows = self.first_rows[sentences]
-        self.mask = self.mask[sentences]
+        self.mask = self.mask if self.mask is None else self.mask[sentences]
         self.memories = [(key[sentences], value[sentences]) for key, value in self.memories]

@@ -7,16 +7,12 @@ product. Here that is done once, with the operators that ``torch.compile`` uses 
 
 import copy
 import platform
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mt.model import Transformer
 from mt.runtime import Runtime
-
-_arrange: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class PackedLinear(nn.Module):
@@ -25,14 +21,14 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.weight = _arrange(linear.weight.detach().to(dtype))
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D'], in the type of x"""
-        if x.dtype is self.dtype:
-            return _product(x, self.weight, self.bias, "none", [], "")
-        return _product(x.to(self.dtype), self.weight, self.bias, "none", [], "").to(x.dtype)
+        given, x = x.dtype, x if x.dtype is self.dtype else x.to(self.dtype)
+        product = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return product if product.dtype is given else product.to(given)
 
 
 def can_pack(runtime: Runtime) -> bool:

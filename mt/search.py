@@ -18,6 +18,8 @@ from mt.tokenizer import BOS, EOS, UNK
 
 FIRST_PIECE = UNK + 1  # the special ids come first; of them only EOS is ever produced
 PAUSE = 4  # steps between two looks at what a GPU has done, for which it has to stand still
+GROUP = 100  # columns whose maximum stands for them in `largest`
+MANY = 1 << 18  # elements from which on this pays
 CROWD = 0.1  # share of the sentences that are done, from which on it pays to leave them behind
 
 # Dimensions: B sentences still searched, W live hypotheses a sentence (1 in the first step, then
@@ -120,16 +122,16 @@ def beam_search(
         history.append(step)
         if length % pause and length < longest:
             continue
-        if not checksum.isfinite():
-            raise ValueError(
-                "the model's output is not finite (NaN or infinity): its weights are damaged, or "
-                "the precision is too low; try another checkpoint, or precision fp32"
-            )
         goes_on = (live.scores[:, 0] > -torch.inf).tolist()
         if not any(goes_on):
             break
         if goes_on.count(False) >= CROWD * len(goes_on):
             live = _compact(live, decoder, [place for place, goes in enumerate(goes_on) if goes])
+    if not checksum.isfinite():
+        raise ValueError(
+            "the model's output is not finite (NaN or infinity): its weights are damaged, or the "
+            "precision is too low; try another checkpoint, or precision fp32"
+        )
     return _outputs(
         history,
         shape=(len(history), num_sentences, beam_size),
@@ -172,7 +174,7 @@ def _extensions(
     num_sentences, width = scores.shape
     pieces = log_probs[..., FIRST_PIECE:]
     num_candidates = min(beam_size, pieces.shape[-1])
-    best, ids = pieces.topk(num_candidates, dim=-1)  # [B, W, C]
+    best, ids = largest(pieces, num_candidates)  # [B, W, C]
     best = (best + scores.unsqueeze(-1)).view(num_sentences, -1)  # [B, W * C]
     ids = (ids + FIRST_PIECE).view(num_sentences, -1)
     if best.shape[1] < beam_size:  # a vocabulary smaller than the beam
@@ -181,6 +183,24 @@ def _extensions(
         ids = F.pad(ids, missing, value=EOS)
     best, places = best.topk(beam_size, dim=-1)
     return best, (places // num_candidates).clamp(max=width - 1), ids.gather(1, places)
+
+
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``x.topk(k)`` over the last dimension, on the CPU for many long rows in half the time.
+
+    The k groups of columns with the largest maxima hold the k largest elements; finding maxima
+    is far cheaper than sorting, and what is left to sort is short.
+    """
+    num_groups = x.shape[-1] // GROUP
+    if x.device.type != "cpu" or x.numel() < MANY or num_groups < 4 * k:
+        return x.topk(k)
+    head, tail = x.split([num_groups * GROUP, x.shape[-1] - num_groups * GROUP], dim=-1)
+    groups = head.unflatten(-1, (num_groups, GROUP)).amax(-1).topk(k).indices
+    columns = (groups.unsqueeze(-1) * GROUP + torch.arange(GROUP)).flatten(-2)
+    rest = torch.arange(num_groups * GROUP, x.shape[-1]).expand(*tail.shape)
+    columns = torch.cat([columns, rest], dim=-1)
+    values, places = x.gather(-1, columns).topk(k)
+    return values, columns.gather(-1, places)
 
 
 def _compact(live: Live, decoder: Decoder, kept: list[int]) -> Live:
