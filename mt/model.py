@@ -261,7 +261,7 @@ class DecoderState:
         ]
         self.cache = KeyValueCache(len(model.decoder))
         self.first_rows = torch.arange(len(memory), device=memory.device)  # [B] in the caches
-        self.num_rows = len(memory)
+        self.shape = torch.Size((len(memory), 1))  # [B, W]
         self.position = 0
 
     @torch.no_grad()
@@ -271,20 +271,18 @@ class DecoderState:
         tokens, parents [B, W]: hypothesis w of sentence b is from now on the one that was at
         parents[b, w] of that sentence, followed by tokens[b, w].
         """
-        num_sentences, width = tokens.shape
-        rows = (self.first_rows.unsqueeze(1) + parents).flatten()
-        if self.position > 0 and (width > 1 or len(rows) < self.num_rows):
-            self.cache.reorder(rows)
-        if len(rows) != self.num_rows:
-            self.num_rows = len(rows)
-            self.first_rows = torch.arange(0, len(rows), width, device=rows.device)
+        if tokens.shape != self.shape or tokens.size(1) > 1:  # else all stay where they are
+            self.cache.reorder((self.first_rows.unsqueeze(1) + parents).flatten())
+        if tokens.shape != self.shape:
+            self.shape = tokens.shape
+            self.first_rows = torch.arange(0, tokens.numel(), tokens.size(1), device=tokens.device)
         x = self.model.target_embedding(tokens.view(-1, 1), start=self.position)
         for layer, memory, cache in zip(
             self.model.decoder, self.memories, self.cache.layers, strict=True
         ):
             x = layer(x, memory, self.mask, cache=cache)
         self.position += 1
-        return self.model.logits(self.model.decoder_norm(x)).view(num_sentences, width, -1)
+        return self.model.logits(self.model.decoder_norm(x)).view(*tokens.shape, -1)
 
     def keep(self, sentences: Tensor) -> None:
         """Go on with the given sentences only, [B'], in ascending order."""

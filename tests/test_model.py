@@ -123,21 +123,38 @@ def test_step_by_step_is_all_at_once(
         same(state.step(tokens, torch.zeros_like(tokens))[:, 0], expected[:, position])
 
 
-def test_hypotheses_are_copied_reordered_and_dropped(model: Transformer, source: Tensor) -> None:
+@pytest.mark.parametrize(
+    "moves",  # steps: places of the sentences that are kept, parents of their hypotheses
+    [
+        [
+            ([0, 1, 2], [[0], [0], [0]]),
+            ([0, 1, 2], [[0, 0], [0, 0], [0, 0]]),  # two hypotheses a sentence
+            ([0, 1, 2], [[1, 0], [1, 1], [0, 1]]),  # swapped, one doubled, as they were
+            ([0, 2], [[0, 0], [1, 0]]),  # the second sentence leaves
+            ([0, 1], [[1, 0, 1], [0, 1, 1]]),  # three hypotheses a sentence
+            ([1], [[1]]),  # the first leaves, and one hypothesis
+            ([0], [[0]]),
+        ],
+        [
+            ([0, 1, 2], [[0], [0], [0]]),
+            ([1], [[0, 0, 0]]),  # as many rows as before, but all of one sentence
+            ([0], [[2, 0, 1]]),
+        ],
+        [
+            ([0, 1, 2], [[0], [0], [0]]),
+            ([0, 2], [[0], [0]]),
+            ([1], [[0]]),
+        ],
+    ],
+)
+def test_hypotheses_are_copied_reordered_and_dropped(
+    model: Transformer, source: Tensor, moves: list[tuple[list[int], list[list[int]]]]
+) -> None:
     """Whatever happens to the hypotheses, each gets the logits of its own sentence and prefix."""
     mask = source != 0
     state = model.start(model.encode(source, mask), mask)
     sentences = list(range(B))
     prefixes: list[list[list[int]]] = [[[]]] * B  # of each sentence, of each of its hypotheses
-    moves: list[tuple[list[int], list[list[int]]]] = [  # places of what is kept, parents
-        ([0, 1, 2], [[0], [0], [0]]),
-        ([0, 1, 2], [[0, 0], [0, 0], [0, 0]]),  # two hypotheses a sentence
-        ([0, 1, 2], [[1, 0], [1, 1], [0, 1]]),  # swapped, one doubled, as they were
-        ([0, 2], [[0, 0], [1, 0]]),  # the second sentence leaves
-        ([0, 1], [[1, 0, 1], [0, 1, 1]]),  # three hypotheses a sentence
-        ([1], [[1]]),  # the first leaves, and one hypothesis
-        ([0], [[0]]),
-    ]
     generator = torch.Generator().manual_seed(4)
     for kept, parents in moves:
         if len(kept) < len(sentences):
