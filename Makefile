@@ -6,17 +6,18 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-TARGETS := help setup data train eval translate test lint format tensorboard clean
+PEER := .venv/.bench
+TARGETS := help setup data train eval translate bench test lint format tensorboard clean
 .PHONY: $(TARGETS)
 
 # A word that is no target ("make train small") is refused now, not after the training.
-$(foreach word,$(filter-out $(TARGETS) $(READY),$(MAKECMDGOALS)),\
+$(foreach word,$(filter-out $(TARGETS) $(READY) $(PEER),$(MAKECMDGOALS)),\
     $(error There is no target "$(word)"; targets are $(TARGETS), settings have the form name=value))
 
 # The settings given on the command line, each as one shell word: 'name=value'. $(value) keeps
 # make, the single quotes keep the shell from reading anything into them. Unexported, or make
 # would expand them for the environment. $(MAKEOVERRIDES) would do none of this.
-OWN := ARGS BIN MAKE% NPROC OWN PYTHON READY SETTINGS SHELL TARGETS TEXT .SHELLFLAGS
+OWN := ARGS BIN MAKE% NPROC OWN PEER PYTHON READY SETTINGS SHELL TARGETS TEXT .SHELLFLAGS
 NAMES := $(sort $(foreach name,$(filter-out $(OWN),$(.VARIABLES)),\
     $(if $(filter command,$(origin $(name))),$(name))))
 define newline
@@ -54,6 +55,9 @@ translate: $(READY) ## Translate TEXT="...", or standard input line by line
 	@$(no_settings)$(BIN)/python scripts/translate.py $(value ARGS) \
 	    $(if $(value TEXT),-- $(call quote,$(value TEXT)))
 
+bench: $(PEER) ## Measure speed, beside a peer: ARGS='train --peer hf', ARGS=--help for more
+	@$(BIN)/python scripts/bench.py $(value ARGS) $(SETTINGS)
+
 test: $(READY) ## Run all tests; the quick ones only: ARGS='-m "not slow"'
 	@$(no_settings)$(BIN)/python -m pytest $(value ARGS)
 
@@ -87,3 +91,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@rm .venv/.started && touch $@
+
+# The peer of the benchmarks is no part of the app, and installed when it is first compared with.
+$(PEER): $(READY)
+	@echo 'Installing what the benchmarks compare with' >&2
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $@

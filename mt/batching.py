@@ -3,9 +3,11 @@
 Shapes: B sentences, S source positions, T target positions.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -29,23 +31,27 @@ class Batch:
     num_tokens: int  # target pieces with EOS, without padding
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
+        """The same batch on a device. A GPU fetches it by itself while the host goes on."""
+
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and not tensor.is_cuda:
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
         return Batch(
-            source=self.source.to(device, non_blocking=True),
-            target_in=self.target_in.to(device, non_blocking=True),
-            target_out=self.target_out.to(device, non_blocking=True),
-            source_mask=self.source_mask.to(device, non_blocking=True),
-            target_mask=self.target_mask.to(device, non_blocking=True),
+            source=move(self.source),
+            target_in=move(self.target_in),
+            target_out=move(self.target_out),
+            source_mask=move(self.source_mask),
+            target_mask=move(self.target_mask),
             num_tokens=self.num_tokens,
         )
 
 
 def pad(sequences: Sequence[Sequence[int]], *, length: int = 0) -> Tensor:
     """Sequences of ids as one tensor [B, longest or ``length``], filled up with PAD."""
-    width = max(length, max(map(len, sequences)))
-    table = np.full((len(sequences), width), PAD, dtype=np.int64)
-    for row, sequence in zip(table, sequences, strict=True):
-        row[: len(sequence)] = sequence
+    rows = _rows(sequences)
+    table, _ = _table(rows, width=max(length, int(rows.lengths.max())))
     return torch.from_numpy(table)
 
 
@@ -57,17 +63,66 @@ def collate(
     target_length: int = 0,
 ) -> Batch:
     """Pieces without BOS and EOS -> a batch, padded to the lengths given or the longest there."""
-    source = pad([[*ids, EOS] for ids in source_ids], length=source_length)
-    target_out = pad([[*ids, EOS] for ids in target_ids], length=target_length)
-    target_in = pad([[BOS, *ids] for ids in target_ids], length=target_length)
-    target_mask = target_out != PAD
+    return _batch(
+        _rows(source_ids),
+        _rows(target_ids),
+        source_length=source_length,
+        target_length=target_length,
+    )
+
+
+def load_batch(sources: "Sequences", targets: "Sequences", planned: "PlannedBatch") -> Batch:
+    """The batch that was planned, from the ids of all sentences of both sides."""
+    return _batch(
+        sources.rows(planned.indices),
+        targets.rows(planned.indices),
+        source_length=planned.source_length,
+        target_length=planned.target_length,
+    )
+
+
+class Rows(NamedTuple):
+    """Some sequences of ids, one after the other."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+def _rows(sequences: Sequence[Sequence[int]]) -> Rows:
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    ids = itertools.chain.from_iterable(sequences)
+    return Rows(np.fromiter(ids, dtype=np.int64, count=lengths.sum()), lengths)
+
+
+def _table(rows: Rows, *, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """([B, width] rows, padded; True where an id stands)"""
+    mask = np.arange(width) < rows.lengths[:, None]
+    table = np.full(mask.shape, PAD, dtype=np.int64)
+    table[mask] = rows.ids
+    return table, mask
+
+
+def _with_ends(rows: Rows, *, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same with EOS behind every row, and at least ``length`` wide."""
+    table, mask = _table(rows, width=max(length, int(rows.lengths.max()) + 1))
+    ends = np.arange(len(table)), rows.lengths
+    table[ends], mask[ends] = EOS, True
+    return table, mask
+
+
+def _batch(sources: Rows, targets: Rows, *, source_length: int, target_length: int) -> Batch:
+    source, source_mask = _with_ends(sources, length=source_length)
+    target_out, target_mask = _with_ends(targets, length=target_length)
+    target_in = np.full_like(target_out, BOS)
+    # One place to the right, without EOS, which falls onto padding or off the row.
+    target_in[:, 1:] = np.where(target_mask[:, 1:], target_out[:, :-1], PAD)
     return Batch(
-        source=source,
-        target_in=target_in,
-        target_out=target_out,
-        source_mask=source != PAD,
-        target_mask=target_mask,
-        num_tokens=int(target_mask.sum()),
+        source=torch.from_numpy(source),
+        target_in=torch.from_numpy(target_in),
+        target_out=torch.from_numpy(target_out),
+        source_mask=torch.from_numpy(source_mask),
+        target_mask=torch.from_numpy(target_mask),
+        num_tokens=len(targets.ids) + len(targets.lengths),
     )
 
 
@@ -101,6 +156,40 @@ class PlannedBatch:
     target_length: int
 
 
+class Plan(Sequence[PlannedBatch]):
+    """The batches of an epoch. Numbers only: of a large corpus there are millions."""
+
+    def __init__(
+        self, indices: np.ndarray, *, starts: np.ndarray, sizes: np.ndarray, lengths: np.ndarray
+    ) -> None:
+        """``sizes[n]`` of the ``indices`` from ``starts[n]`` on make batch n, padded to
+        ``lengths[n]``, (source, target)."""
+        self.indices = indices
+        self.starts = starts
+        self.sizes = sizes
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, number: int) -> PlannedBatch: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> "Plan": ...
+
+    def __getitem__(self, number: "int | slice") -> "PlannedBatch | Plan":
+        starts, sizes, lengths = self.starts[number], self.sizes[number], self.lengths[number]
+        if isinstance(number, slice):
+            return Plan(self.indices, starts=starts, sizes=sizes, lengths=lengths)
+        source_length, target_length = lengths.tolist()
+        return PlannedBatch(
+            self.indices[starts : starts + sizes],
+            source_length=source_length,
+            target_length=target_length,
+        )
+
+
 class BatchOrder:
     """Which sentences make which batch of an epoch: a pure function of (seed, epoch).
 
@@ -109,6 +198,9 @@ class BatchOrder:
     to a grid; pairs of the same rounded lengths are shuffled and cut into batches of at most
     ``max_tokens`` on either side, padding included; what is left over joins the next larger shape;
     last, the batches are shuffled.
+
+    The pairs are sorted by shape once; an epoch only shuffles those of a shape. 12 bytes a pair
+    stay in memory, and 4 more for every plan that is kept.
     """
 
     def __init__(
@@ -124,12 +216,11 @@ class BatchOrder:
 
         Raises: ValueError if no pair is left.
         """
-        self.source = np.asarray(source_lengths, dtype=np.int64)
-        self.target = np.asarray(target_lengths, dtype=np.int64)
-        fits = np.maximum(self.source, self.target) <= max_length
-        self.indices = np.flatnonzero(fits)
-        self.num_too_long = int(len(fits) - len(self.indices))
-        if len(self.indices) == 0:
+        self.source = np.asarray(source_lengths, dtype=np.int32)
+        self.target = np.asarray(target_lengths, dtype=np.int32)
+        fits = np.flatnonzero(np.maximum(self.source, self.target) <= max_length)
+        self.num_too_long = len(self.source) - len(fits)
+        if len(fits) == 0:
             raise ValueError(
                 f"no training pair has at most train.max_length={max_length} pieces a side; "
                 "raise train.max_length"
@@ -137,62 +228,89 @@ class BatchOrder:
         self.max_tokens = max_tokens
         self.seed = seed
 
-    def epoch(self, epoch: int) -> list[PlannedBatch]:
+        rounded = round_up(np.arange(max_length + 1))
+        grid = np.unique(rounded)
+        kind = np.min_scalar_type(len(grid) ** 2)  # 16 bits as a rule, which sort in no time
+        level = np.searchsorted(grid, rounded).astype(kind)  # of every length
+        shapes = level[self.target[fits]] * kind.type(len(grid)) + level[self.source[fits]]
+        order = np.argsort(shapes, kind="stable")
+        self.indices = fits[order].astype(np.int32)  # by rounded target length, then source length
+        shapes = shapes[order]
+        starts = [0, *(np.flatnonzero(shapes[1:] != shapes[:-1]) + 1).tolist()]
+        self.shapes: dict[int, dict[int, slice]] = {}  # [target][source] -> part of the indices
+        for start, end in zip(starts, [*starts[1:], len(shapes)], strict=True):
+            target, source = (int(grid[number]) for number in divmod(int(shapes[start]), len(grid)))
+            self.shapes.setdefault(target, {})[source] = slice(start, end)
+
+    def epoch(self, epoch: int) -> Plan:
         """The batches of an epoch."""
         random = np.random.default_rng([self.seed, epoch])
-        indices = random.permutation(self.indices)
-        source, target = round_up(self.source[indices]), round_up(self.target[indices])
-        # The sort is stable: pairs of the same shape stay shuffled.
-        order = np.lexsort((source, target))
-        indices, source, target = indices[order], source[order], target[order]
-
-        batches: list[PlannedBatch] = []
-        rest = np.empty(0, dtype=np.int64)  # left over from narrower targets
-        width = height = 0
-        for row in np.split(np.arange(len(indices)), np.flatnonzero(np.diff(target)) + 1):
-            height = int(target[row[0]])
-            members = np.concatenate([rest, indices[row]])
-            widths = round_up(self.source[members])
-            rest = members[:0]  # left over from narrower sources
-            for width in np.unique(widths).tolist():
-                cell = np.concatenate([rest, members[widths == width]])
-                size = max(1, self.max_tokens // max(width, height))
+        indices = np.empty_like(self.indices)
+        cuts: list[tuple[int, int, int, int]] = []  # batches, their size, source, target length
+        end = 0
+        rest = indices[:0]  # left over from narrower targets
+        for target, sources in self.shapes.items():
+            cells = {source: self.indices[part] for source, part in sources.items()}
+            cells = {source: random.permutation(cell) for source, cell in cells.items()}
+            lengths = round_up(self.source[rest])
+            for source in np.unique(lengths).tolist():
+                cell = cells.get(source, rest[:0])
+                cells[source] = np.concatenate([rest[lengths == source], cell])
+            rest = rest[:0]  # left over from narrower sources
+            for source, cell in sorted(cells.items(), key=itemgetter(0)):
+                cell = np.concatenate([rest, cell])
+                size = max(1, self.max_tokens // max(source, target))
                 num_full = len(cell) // size
-                batches += [
-                    PlannedBatch(part, source_length=width, target_length=height)
-                    for part in cell[: num_full * size].reshape(num_full, size)
-                ]
-                rest = cell[num_full * size :]
+                full, rest = np.split(cell, [num_full * size])
+                indices[end : end + len(full)] = full
+                end += len(full)
+                cuts.append((num_full, size, source, target))
         if len(rest):
-            batches.append(PlannedBatch(rest, source_length=width, target_length=height))
-        return [batches[index] for index in random.permutation(len(batches))]
+            indices[end:] = rest
+            cuts.append((1, len(rest), source, target))
+        numbers = np.array(cuts, dtype=np.int32)
+        numbers = np.repeat(numbers[:, 1:], numbers[:, 0], axis=0)  # a row a batch
+        starts = np.cumsum(numbers[:, 0], dtype=np.int64) - numbers[:, 0]
+        order = random.permutation(len(numbers))
+        return Plan(
+            indices, starts=starts[order], sizes=numbers[order, 0], lengths=numbers[order, 1:]
+        )
 
     def padding_share(self, batches: Sequence[PlannedBatch]) -> float:
         """The share of positions, source and target, that hold padding."""
-        filled = sum(
-            int(self.source[batch.indices].sum() + self.target[batch.indices].sum())
-            for batch in batches
-        )
+        indices = np.concatenate([batch.indices for batch in batches])
+        filled = self.source[indices].sum(dtype=np.int64) + self.target[indices].sum(dtype=np.int64)
         total = sum(
             len(batch.indices) * (batch.source_length + batch.target_length) for batch in batches
         )
-        return 1 - filled / total
+        return 1 - int(filled) / total
 
 
 class Sequences:
-    """The ids of many sentences in one flat array."""
+    """The ids of many sentences, where Arrow has them: mapped from disk, never copied as a whole.
+
+    Only their lengths are held in memory, 4 bytes a sentence.
+    """
 
     def __init__(self, lists: "Iterable[pa.ListArray]") -> None:
-        """``lists`` are the chunks of an Arrow column of lists of int32."""
-        chunks = list(lists)
-        self.lengths = _joined([chunk.value_lengths().to_numpy() for chunk in chunks], np.int64)
-        self.values = _joined([chunk.flatten().to_numpy() for chunk in chunks], np.int32)
-        self.ends = np.cumsum(self.lengths)
+        """``lists`` are the chunks of an Arrow column of lists of int32, without nulls."""
+        chunks = [chunk for chunk in lists if len(chunk)]
+        assert not any(chunk.null_count for chunk in chunks)
+        self.offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self.values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self.first_rows = np.cumsum([0, *map(len, chunks)])[:-1]  # of every chunk
+        self.lengths = np.concatenate([np.empty(0, np.int32), *map(np.diff, self.offsets)])
 
     def __getitem__(self, index: int) -> list[int]:
-        end = self.ends[index]
-        return self.values[end - self.lengths[index] : end].tolist()
+        return self.rows([index]).ids.tolist()
 
-
-def _joined(arrays: Sequence[np.ndarray], dtype: type[np.integer]) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
+    def rows(self, indices: "Sequence[int] | np.ndarray") -> Rows:
+        """The sequences of these numbers."""
+        indices = np.asarray(indices)
+        chunks = np.searchsorted(self.first_rows, indices, side="right") - 1
+        places = indices - self.first_rows[chunks]
+        parts = []
+        for chunk, place in zip(chunks.tolist(), places.tolist(), strict=True):
+            start, end = self.offsets[chunk][place : place + 2].tolist()
+            parts.append(self.values[chunk][start:end])
+        return Rows(np.concatenate(parts), self.lengths[indices])

@@ -166,7 +166,7 @@ class TokenizerConfig:
     algorithm: Algorithm = Algorithm.unigram
     vocab_size: int = 4000
     character_coverage: float = 1.0  # share of characters with a piece; the rest become bytes
-    max_sentences: int = 1_000_000  # train on a sample of this many sentences of a larger text
+    max_sentences: int = 200_000  # train on a sample of this many sentences of a larger text
 
 
 @dataclass(kw_only=True, slots=True)

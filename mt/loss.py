@@ -50,8 +50,8 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over the logits, some rows at a time.
 
-    All in the precision of the states. The value is capped at 87 a target (a smaller probability
-    is 0 in fp32), the gradient is not.
+    Products are in the precision of the states. The value is capped at 87 a target (a smaller
+    probability is 0 in fp32), the gradient is not.
     """
 
     @staticmethod
@@ -59,20 +59,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, states: Tensor, table: Tensor, target: Tensor, smoothing: float, ignore: int
     ) -> Tensor:
         num_rows = max(1, min(len(states), CHUNK // len(table)))
-        logits, grad = states.new_empty(2, num_rows, len(table))
-        loss = torch.zeros((), device=states.device)
+        logits = states.new_empty(num_rows, len(table))
+        exact = torch.promote_types(states.dtype, torch.float32)
+        keep = (target != ignore).to(exact).unsqueeze(1)
+        mean_row = table.mean(0, dtype=exact)  # its product with a state is the mean of the logits
+        means = states.to(exact) @ mean_row
+        loss = torch.zeros((), dtype=exact, device=states.device)
         grad_states, grad_table = torch.empty_like(states), torch.empty_like(table)
         for start in range(0, len(states), num_rows):
             rows = slice(start, start + num_rows)
-            num = len(states[rows])
-            torch.mm(states[rows], table.t(), out=logits[:num])
-            torch.softmax(logits[:num], 1, out=grad[:num])
-            loss += _to_gradient(
-                logits[:num], grad[:num], target[rows], smoothing=smoothing, ignore=ignore
-            )
-            torch.mm(grad[:num], table, out=grad_states[rows])
+            some = states[rows]
+            gradient = logits[: len(some)]
+            torch.mm(some, table.t(), out=gradient)
+            loss += _to_gradient(gradient, means[rows], target[rows], keep[rows], smoothing)
+            torch.mm(gradient, table, out=grad_states[rows])
             beta = 0 if start == 0 else 1  # the first chunk's product, then the sum
-            torch.addmm(grad_table, grad[:num].t(), states[rows], beta=beta, out=grad_table)
+            torch.addmm(grad_table, gradient.t(), some, beta=beta, out=grad_table)
+        # What smoothing takes from every logit's gradient, keep * smoothing / V, is of rank one.
+        grad_states -= keep * (smoothing * mean_row)
+        grad_table -= (keep.t() @ states.to(exact)) * (smoothing / len(table))
         ctx.save_for_backward(grad_states, grad_table)
         return loss
 
@@ -83,28 +88,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient(
-    logits: Tensor, softmax: Tensor, target: Tensor, *, smoothing: float, ignore: int
+    logits: Tensor, means: Tensor, target: Tensor, keep: Tensor, smoothing: float
 ) -> Tensor:
-    """Turn the softmax [N, V] into the gradient of the loss by the logits; return the loss.
+    """Turn logits [N, V] into the gradient of the loss by them; return the loss.
 
-    d loss / d logits = softmax - (1 - smoothing) * onehot - smoothing / V
+    d loss / d logits = softmax - (1 - smoothing) * onehot, less smoothing / V everywhere, which is
+    left to the caller. ``means`` [N] are the means of the logits; ``keep`` [N, 1] is 1 for the
+    targets that count, 0 for the others.
     """
-    vocab_size = logits.size(1)
-    keep = target != ignore
-    places = torch.arange(0, logits.numel(), vocab_size, device=target.device) + target
-    exact = torch.promote_types(softmax.dtype, torch.float32)
-    true = softmax.flatten()[places].to(exact)
+    places = torch.arange(0, logits.numel(), logits.size(1), device=target.device) + target
+    true_logits = logits.flatten()[places].to(means.dtype)
+    softmax = torch.softmax(logits, 1, out=logits)
+    true = softmax.flatten()[places].to(means.dtype)
     # The sum's logarithm by way of the target's probability: rounding a probability to bf16
     # moves its logarithm by 0.004 at most, rounding the sum's logarithm itself by far more.
     log_true = true.clamp_min(1e-38).log()
-    log_norm = logits.flatten()[places].to(exact) - log_true
-    log_mean = logits.sum(1).to(exact) / vocab_size - log_norm
-    loss = -(1 - smoothing) * log_true - smoothing * log_mean
+    log_mean = means - (true_logits - log_true)
+    losses = -(1 - smoothing) * log_true - smoothing * log_mean
 
-    softmax.sub_(smoothing / vocab_size)
-    softmax.flatten()[places] = (true - (1 - smoothing) - smoothing / vocab_size).to(softmax.dtype)
-    softmax.mul_(keep.to(softmax.dtype).unsqueeze(1))
-    return torch.where(keep, loss, 0).sum()
+    softmax.flatten()[places] = (true - (1 - smoothing)).to(softmax.dtype)
+    softmax.index_fill_(0, (keep == 0).flatten().nonzero().flatten(), 0.0)
+    return torch.where(keep.flatten() > 0, losses, 0).sum()
 
 
 def length_loss(log_ratio: Tensor, source_lengths: Tensor, target_lengths: Tensor) -> Tensor:

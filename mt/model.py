@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mt.attention import CrossAttention, Dropout, KeyValueCache, SelfAttention, WeightedAttention
+from mt.attention import (
+    CrossAttention,
+    Dropout,
+    KeyValueCache,
+    LayerCache,
+    SelfAttention,
+    WeightedAttention,
+)
 from mt.config import Activation, ModelConfig, Tie
 
 
@@ -112,7 +119,7 @@ class DecoderLayer(nn.Module):
         memory: Tensor | tuple[Tensor, Tensor],
         memory_mask: Tensor | None,
         *,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]; memory [B, S, D] or its keys and values; mask [B, 1, 1, S].
 
@@ -157,6 +164,8 @@ class Transformer(nn.Module):
         self.encoder_norm = nn.LayerNorm(config.dim)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(config.dim)
+        self.output = nn.Linear(config.dim, vocab_size, bias=False, device="meta")
+        self.output.weight = target_table.weight
         self.length_head = LengthHead(config.dim) if config.length_head else None
         self.initialize()
 
@@ -167,7 +176,7 @@ class Transformer(nn.Module):
         residual stream starts out with the same variance whatever the depth (GPT-2's rule).
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module is not self.output:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -213,7 +222,7 @@ class Transformer(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., D] -> [..., V]"""
-        return F.linear(states, self.output_table)
+        return self.output(states)
 
     def log_length_ratio(self, memory: Tensor, source_mask: Tensor) -> Tensor:
         """The predicted log(target length / source length), in pieces with EOS: [B]."""
@@ -239,40 +248,44 @@ class Transformer(nn.Module):
 class DecoderState:
     """Hypotheses written in lockstep, a piece a step, with keys and values kept.
 
-    There are N = B * K of them: K for each of B sentences, those of a sentence side by side.
+    There are W for each of B sentences. The caches have a row for each, sentence by sentence.
     """
 
     def __init__(self, model: Transformer, memory: Tensor, source_mask: Tensor) -> None:
         self.model = model
-        self.mask = source_mask[:, None, None]  # [B, 1, 1, S]
-        self.memories = [layer.cross_attention.project(memory) for layer in model.decoder_layers]
-        self.owners = torch.arange(len(memory), device=memory.device)  # [N] row -> sentence
-        self.caches = [KeyValueCache() for _ in model.decoder]
+        # [B, 1, 1, S]; None where there is no padding, since a mask costs time
+        self.mask = None if bool(source_mask.all()) else source_mask[:, None, None]
+        self.memories = [
+            tuple(part.contiguous() for part in layer.cross_attention.project(memory))
+            for layer in model.decoder_layers
+        ]
+        self.cache = KeyValueCache(len(model.decoder))
+        self.first_rows = torch.arange(len(memory), device=memory.device)  # [B] in the caches
+        self.shape = torch.Size((len(memory), 1))  # [B, W]
         self.position = 0
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """The newest piece of each hypothesis [N] -> logits of the next one [N, V]."""
-        x = self.model.target_embedding(tokens[:, None], start=self.position)
+    @torch.no_grad()
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Append a piece to hypotheses; logits of the next piece [B, W, V].
+
+        tokens, parents [B, W]: hypothesis w of sentence b is from now on the one that was at
+        parents[b, w] of that sentence, followed by tokens[b, w].
+        """
+        if tokens.shape != self.shape or tokens.size(1) > 1:  # else all stay where they are
+            self.cache.reorder((self.first_rows.unsqueeze(1) + parents).flatten())
+        if tokens.shape != self.shape:
+            self.shape = tokens.shape
+            self.first_rows = torch.arange(0, tokens.numel(), tokens.size(1), device=tokens.device)
+        x = self.model.target_embedding(tokens.view(-1, 1), start=self.position)
         for layer, memory, cache in zip(
-            self.model.decoder, self.memories, self.caches, strict=True
+            self.model.decoder, self.memories, self.cache.layers, strict=True
         ):
             x = layer(x, memory, self.mask, cache=cache)
         self.position += 1
-        return self.model.logits(self.model.decoder_norm(x))[:, 0]
+        return self.model.logits(self.model.decoder_norm(x)).view(*tokens.shape, -1)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Go on with the given hypotheses [M], in that order; any may be repeated or left out.
-
-        Those of a sentence must stay side by side, and be equally many for each that is left; the
-        sentences keep their order.
-        """
-        for cache in self.caches:
-            cache.reorder(rows)
-        kept, owners, counts = self.owners[rows].unique_consecutive(
-            return_inverse=True, return_counts=True
-        )
-        assert (counts == counts[0]).all() and (kept.diff() > 0).all()
-        if len(kept) < len(self.mask):
-            self.mask = self.mask[kept]
-            self.memories = [(key[kept], value[kept]) for key, value in self.memories]
-        self.owners = owners
+    def keep(self, sentences: Tensor) -> None:
+        """Go on with the given sentences only, [B'], in ascending order."""
+        self.first_rows = self.first_rows[sentences]
+        self.mask = self.mask if self.mask is None else self.mask[sentences]
+        self.memories = [(key[sentences], value[sentences]) for key, value in self.memories]

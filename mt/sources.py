@@ -4,9 +4,9 @@ Every source ends in the same form: a ``datasets.Dataset`` with the string colum
 ``target``, one for each split that the source has.
 """
 
+import codecs
 import csv
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -16,22 +16,23 @@ import threading
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 from datasets import Dataset, Features, Value, get_dataset_config_names, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from mt import bible
 from mt.config import DataConfig, Origin
+from mt.digests import digests
 
 FEATURES = Features({"source": Value("string"), "target": Value("string")})
+BLOCK = 1 << 20  # bytes of text read at once
+NUM_ROWS = 10_000  # pairs written at once
 HUB_SECONDS = 20  # how long the Hub may take to answer before it counts as unreachable
 
 Pair = tuple[str, str]
@@ -62,10 +63,11 @@ def load(config: DataConfig, *, root: Path, cache: Path) -> RawCorpus:
             return _files(config, cache=cache)
 
 
-def content_hashes(config: DataConfig) -> dict[str, str]:
+def content_hashes(config: DataConfig, *, memory: Path) -> dict[str, str]:
     """SHA-256 of every file that ``load`` would read, as far as they lie on this machine.
 
     What lies on the Hub is named by the settings, so prepared text is found without a network.
+    ``memory`` keeps the hashes of files until they change.
     """
     match config.origin:
         case Origin.bible:
@@ -77,11 +79,7 @@ def content_hashes(config: DataConfig) -> dict[str, str]:
         case Origin.files:
             given = (config.train, config.valid, config.test)
             files = [file for path in given if path for file in _locate(path, config)]
-    hashes = {}
-    for file in files:
-        with file.open("rb") as stream:
-            hashes[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return {str(file): digest for file, digest in digests(files, memory=memory).items()}
 
 
 def _bible(config: DataConfig, *, root: Path, cache: Path) -> RawCorpus:
@@ -105,7 +103,7 @@ def _bible(config: DataConfig, *, root: Path, cache: Path) -> RawCorpus:
                 yield text, target[place]
 
     train, valid, test = (
-        _dataset(partial(verses, split), cache=cache) for split in ("train", "valid", "test")
+        _dataset(verses(split), cache=cache) for split in ("train", "valid", "test")
     )
     return RawCorpus(train, valid, test, repairs={k: n for k, n in repairs.items() if n})
 
@@ -241,7 +239,7 @@ def _files(config: DataConfig, *, cache: Path) -> RawCorpus:
         if _format(files[0]) == ".parquet":
             table = Dataset.from_parquet(str(files[0]), cache_dir=str(cache))
             return _pick_columns(table, config, str(files[0]))
-        return _dataset(lambda: _pairs(files, config), cache=cache)
+        return _dataset(_pairs(files, config), cache=cache)
 
     train = split(config.train)
     assert train is not None
@@ -304,12 +302,20 @@ def _pairs(files: list[Path], config: DataConfig) -> Iterator[Pair]:
 
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a possibly compressed UTF-8 file, without their ends."""
-    number = 0
+    number = 0  # lines read before the block
+    block = b""
     try:
         with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            while block := stream.read(BLOCK) + stream.readline():  # whole lines
+                if number == 0:
+                    block = block.removeprefix(codecs.BOM_UTF8)
+                lines = block.decode().split("\n")
+                if not lines[-1]:  # what follows the last line's end
+                    lines.pop()
+                yield from (line.rstrip("\r") for line in lines)
+                number += len(lines)
     except UnicodeDecodeError as error:
+        number += 1 + block.count(b"\n", 0, error.start)
         raise ValueError(
             f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file first,"
             " for example with iconv"
@@ -395,29 +401,13 @@ def _json_pairs(path: Path, config: DataConfig) -> Iterator[Pair]:
         yield texts[0], texts[1]
 
 
-def _dataset(pairs: Callable[[], Iterator[Pair]], *, cache: Path) -> Dataset:
+def _dataset(pairs: Iterable[Pair], *, cache: Path) -> Dataset:
     """The pairs as a dataset on disk, never in memory as a whole."""
-
-    num_rows = 0
-
-    def rows() -> Iterator[dict[str, str]]:
-        nonlocal num_rows
-        for source, target in pairs():
-            num_rows += 1
-            yield {"source": source, "target": target}
-
-    try:
-        return Dataset.from_generator(
-            rows,
-            features=FEATURES,
-            cache_dir=str(cache),
-            fingerprint=uuid.uuid4().hex,  # nothing is found again here; corpus.py keeps results
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
-    except ValueError:
-        if num_rows:
-            raise
-        return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+    file = cache / f"{uuid.uuid4().hex}.arrow"
+    schema = FEATURES.arrow_schema
+    rest = iter(pairs)
+    cache.mkdir(parents=True, exist_ok=True)
+    with pyarrow.ipc.new_stream(str(file), schema) as stream:
+        while rows := list(itertools.islice(rest, NUM_ROWS)):
+            stream.write_batch(pyarrow.record_batch(list(zip(*rows, strict=True)), schema=schema))
+    return Dataset.from_file(str(file))

@@ -140,6 +140,6 @@ def _sample(sentences: Iterable[str], size: int, *, seed: int) -> list[str]:
     for number, sentence in enumerate(sentences):
         if number < size:
             sample.append(sentence)
-        elif (place := generator.randrange(number + 1)) < size:
+        elif (place := int(generator.random() * (number + 1))) < size:
             sample[place] = sentence
     return sample

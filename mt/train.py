@@ -2,15 +2,12 @@
 
 import logging
 import math
-import os
 import shutil
-import signal
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -42,9 +39,10 @@ from mt.config import (
 from mt.corpus import Corpus, prepare
 from mt.evaluate import evaluate, table
 from mt.monitor import Monitor, Progress, Validation, clock, logged_to
-from mt.ranks import agree, is_first, joined, largest, world_size
+from mt.ranks import agree, is_first, joined, largest
 from mt.runs import Run, locked, open_run
 from mt.runtime import Runtime, describe_machine
+from mt.signals import stop_requests
 from mt.trainer import StepResult, Trainer
 from mt.validate import Validator
 
@@ -132,32 +130,6 @@ def score(config: Config, run: Run, runtime: Runtime) -> None:
     for line in dict.fromkeys(handy[len(handy) * quarter // 4] for quarter in (1, 2, 3)):
         source, reference, hypothesis = (column[line] for column in columns)
         log.info("\nsource      %s\nreference   %s\nhypothesis  %s", source, reference, hypothesis)
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, to stop between two steps; a second one stops at once.
-
-    Among several processes it does not: torchrun passes on what they may have had already.
-    """
-    received: list[int] = []
-    alone, first = world_size() == 1, is_first()
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received and alone:
-            raise KeyboardInterrupt
-        if not received and first:
-            once_more = b"; once more stops without saving" if alone else b""
-            # What logs is not safe in a handler.
-            os.write(2, b"\nstopping after this step" + once_more + b"\n")
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class TrainingRun:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mt.batching import Batch, BatchOrder, PlannedBatch, Sequences, collate
+from mt.batching import Batch, BatchOrder, PlannedBatch, Sequences, load_batch
 from mt.checkpoint import TrainerState, set_weights, unique_weights
 from mt.config import Config, Precision, TrainConfig
 from mt.corpus import Corpus
@@ -182,7 +182,7 @@ class Trainer:
         self.step = 0
         self.epoch = 0
         self.position = 0  # of the next batch in the epoch
-        self.planned = self.order.epoch(0)
+        self.planned: Sequence[PlannedBatch] = self.order.epoch(0)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -255,12 +255,7 @@ class Trainer:
         return self.planned[self.position - 1]
 
     def _load(self, planned: PlannedBatch) -> Batch:
-        return collate(
-            [self.sources[index] for index in planned.indices],
-            [self.targets[index] for index in planned.indices],
-            source_length=planned.source_length,
-            target_length=planned.target_length,
-        ).to(self.runtime.device)
+        return load_batch(self.sources, self.targets, planned).to(self.runtime.device)
 
     def _set_learning_rate(self) -> float:
         scale = learning_rate_scale(

@@ -13,6 +13,7 @@ from mt.batching import length_batches, pad
 from mt.checkpoint import LoadedModel, find_model, load_model
 from mt.config import Config, DecodeConfig, Device, Precision
 from mt.model import Transformer
+from mt.packed import can_pack, for_inference
 from mt.runtime import Runtime, resolve
 from mt.search import Hypothesis, beam_search
 from mt.tokenizer import EOS, PAD, Tokenizer, normalize
@@ -102,7 +103,7 @@ class Translator:
     ) -> "Translator":
         """A translator with a loaded model, by default with its own decode options."""
         return cls(
-            loaded.model,
+            for_inference(loaded.model, runtime),
             loaded.tokenizer,
             loaded.config,
             runtime,
@@ -125,7 +126,8 @@ class Translator:
         ``ValueError`` where there is no model.
         """
         runtime = resolve(device=device, precision=precision, num_threads=num_threads)
-        loaded = load_model(find_model(path), device=runtime.device, dtype=runtime.dtype)
+        dtype = torch.float32 if can_pack(runtime) else runtime.dtype
+        loaded = load_model(find_model(path), device=runtime.device, dtype=dtype)
         return cls.of(loaded, runtime, decode=decode)
 
     def translate(self, texts: Sequence[str], *, n_best: int = 1) -> list[list[Translation]]:

@@ -27,6 +27,7 @@ if __name__ == "__main__":
         _, first = error.get_first_failure()
         if first.exitcode < 0:
             name = signal.Signals(-first.exitcode).name
-            print(f"error: process {first.pid} was ended by {name}", file=sys.stderr)
+            again = "the same command goes on from the last checkpoint"
+            print(f"error: process {first.pid} was ended by {name}; {again}", file=sys.stderr)
             sys.exit(128 - first.exitcode)
         sys.exit(first.exitcode)

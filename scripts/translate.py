@@ -9,10 +9,15 @@ python scripts/translate.py -i in.txt -o out.txt -m runs/last -b 8
 import argparse
 import contextlib
 import dataclasses
+import itertools
+import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -28,15 +33,16 @@ def main() -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `translate.py | head` ends quietly
     options = parse()
     try:
-        translator = load(options)
         with read(options) as chunks, write(options.output) as out:
-            number = 0
-            for texts in chunks:
-                out.writelines(lines(translator, texts, number=number, options=options))
+            for translated in translate(numbered(chunks), options):
+                out.writelines(translated)
                 out.flush()
-                number += len(texts)
     except KeyboardInterrupt:
         return 130
+    except BrokenProcessPool:
+        message = "a worker process has ended (killed, or out of memory); use fewer --workers"
+        print(f"translate.py: error: {message}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"translate.py: error: {error}", file=sys.stderr)
         return 2
@@ -82,10 +88,25 @@ def parse() -> argparse.Namespace:
         help="source pieces times beam size searched at once: less memory, or more speed",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="fp32",
+        help="of matrix products (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a worker")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that share the lines of --input (default: 1)",
+    )
     options = parser.parse_args()
     if options.texts and options.input is not None:
         parser.error("give texts or --input, not both")
+    if options.workers > 1 and options.input is None:
+        parser.error("--workers goes with --input")
     return options
 
 
@@ -97,14 +118,69 @@ def positive(text: str) -> int:
     return number
 
 
+def numbered(chunks: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Each chunk with the number of its first line."""
+    number = 0
+    for texts in chunks:
+        yield number, texts
+        number += len(texts)
+
+
+def translate(
+    chunks: Iterator[tuple[int, list[str]]], options: argparse.Namespace
+) -> Iterator[list[bytes]]:
+    """The output of each chunk, in order; by several processes where they are asked for."""
+    if options.workers == 1:
+        translator = load(options)
+        for number, texts in chunks:
+            yield list(lines(translator, texts, number=number, options=options))
+        return
+    if options.threads is None:
+        options.threads = max(1, (os.cpu_count() or 1) // options.workers)
+    pool = ProcessPoolExecutor(
+        options.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=let_parent_stop,
+    )
+    waiting: deque[Future[list[bytes]]] = deque()
+    try:
+        # No more is read than keeps all busy: a text of any length fits into memory.
+        for number, texts in itertools.islice(chunks, 2 * options.workers):
+            waiting.append(pool.submit(work, number, texts, options))
+        while waiting:
+            yield waiting.popleft().result()
+            for number, texts in itertools.islice(chunks, 1):
+                waiting.append(pool.submit(work, number, texts, options))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def let_parent_stop() -> None:
+    """Ctrl-C goes to all processes; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+_loaded: "list[Translator]" = []  # a worker's own, once it has had something to do
+
+
+def work(number: int, texts: list[str], options: argparse.Namespace) -> list[bytes]:
+    """What a worker does: the output of a chunk."""
+    if not _loaded:
+        _loaded.append(load(options))
+    return list(lines(_loaded[0], texts, number=number, options=options))
+
+
 def load(options: argparse.Namespace) -> "Translator":
     """The model with the options that were given in place of its own."""
     # Here, so that --help and mistyped options are answered at once.
-    from mt.config import Device
+    from mt.config import Device, Precision
     from mt.translate import Translator
 
     translator = Translator.load(
-        options.model, device=Device(options.device), num_threads=options.threads
+        options.model,
+        device=Device(options.device),
+        precision=Precision(options.precision),
+        num_threads=options.threads,
     )
     decode = translator.decode
     beam_size = options.beam_size or decode.beam_size
@@ -140,20 +216,20 @@ def read(options: argparse.Namespace) -> Iterator[Iterable[list[str]]]:
         yield [options.texts]
     elif options.input is not None:
         with open(options.input, "rb") as file:
-            yield chunks_of_lines(file)
+            yield chunks_of_lines(file, size=CHUNK // options.workers)
     else:
         if sys.stdin.isatty():
             print("Type a line to translate; Ctrl-D ends.", file=sys.stderr)
-        yield chunks_of_lines(sys.stdin.buffer)
+        yield chunks_of_lines(sys.stdin.buffer, size=CHUNK)
 
 
-def chunks_of_lines(file: BinaryIO) -> Iterator[list[str]]:
-    """Whatever whole lines a read brings; only newlines separate them.
+def chunks_of_lines(file: BinaryIO, *, size: int) -> Iterator[list[str]]:
+    """Whatever whole lines a read of ``size`` bytes brings; only newlines separate them.
 
     From a terminal or another program that is a line as soon as it is there.
     """
     rest = b""
-    while chunk := file.read1(CHUNK):  # type: ignore[attr-defined]
+    while chunk := file.read1(size):  # type: ignore[attr-defined]
         *whole, rest = (rest + chunk).split(b"\n")
         if whole:
             yield [line.decode(errors="replace") for line in whole]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mt.attention import (
+    ROOM,
     CrossAttention,
     Dropout,
     KeyValueCache,
@@ -220,22 +221,27 @@ def test_causal_weights_do_not_look_ahead() -> None:
 # Caches
 
 
+@torch.no_grad()
 def test_one_position_at_a_time_is_all_at_once() -> None:
     layer = with_biases(SelfAttention(H * K, num_heads=H))
-    x = random(B, S, H * K)
-    cache = KeyValueCache()
-    steps = [layer(x[:, position : position + 1], cache=cache) for position in range(S)]
+    length = 2 * ROOM + 5  # the cache grows more than once
+    x = random(B, length, H * K)
+    cache = KeyValueCache(1)
+    steps = [
+        layer(x[:, position : position + 1], cache=cache.layers[0]) for position in range(length)
+    ]
     same(torch.cat(steps, dim=1), layer(x, causal=True))
 
 
+@torch.no_grad()
 def test_a_cache_follows_its_rows() -> None:
     layer = with_biases(SelfAttention(H * K, num_heads=H))
     x, last = random(B, S, H * K), random(4, 1, H * K)
     rows = torch.tensor([2, 0, 0, 1])
-    cache = KeyValueCache()
-    layer(x, cache=cache)
+    cache = KeyValueCache(1)
+    layer(x, cache=cache.layers[0])
     cache.reorder(rows)
-    found = layer(last, cache=cache)
+    found = layer(last, cache=cache.layers[0])
     same(found, layer(torch.cat([x[rows], last], dim=1), causal=True)[:, -1:])
 
 

@@ -1,11 +1,25 @@
 """Batches: what they hold, how they are padded, and an order that can be resumed."""
 
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from mt.batching import BatchOrder, PlannedBatch, Sequences, collate, length_batches, pad, round_up
+from mt.batching import (
+    Batch,
+    BatchOrder,
+    PlannedBatch,
+    Sequences,
+    collate,
+    length_batches,
+    load_batch,
+    pad,
+    round_up,
+)
 from mt.tokenizer import BOS, EOS, PAD
 
 RANDOM = np.random.default_rng(1)
@@ -20,7 +34,7 @@ def order(*, seed: int = 1, max_tokens: int = 1024, max_length: int = 100) -> Ba
     )
 
 
-def plain(batches: list[PlannedBatch]) -> list[tuple[list[int], int, int]]:
+def plain(batches: Iterable[PlannedBatch]) -> list[tuple[list[int], int, int]]:
     return [(batch.indices.tolist(), batch.source_length, batch.target_length) for batch in batches]
 
 
@@ -129,7 +143,45 @@ def test_the_grid() -> None:
     assert len(set(rounded.tolist())) < 60
 
 
+def test_a_plan_is_a_sequence_of_batches() -> None:
+    plan = order().epoch(0)
+    batches = list(plan)
+    assert len(batches) == len(plan)
+    for part in (slice(20), slice(3, None, 4), slice(None, None, -1)):
+        assert plain(plan[part]) == plain(batches[part])
+    assert plain([plan[-1], plan[5]]) == plain([batches[-1], batches[5]])
+    with pytest.raises(IndexError):
+        plan[len(plan)]
+
+
+def test_a_plan_is_small() -> None:
+    """Of 50 million pairs, it must fit into memory beside the model."""
+    plan = BatchOrder(
+        np.tile(SOURCE, 20), np.tile(TARGET, 20), max_tokens=1024, max_length=150, seed=1
+    ).epoch(0)
+    arrays = (plan.indices, plan.starts, plan.sizes, plan.lengths)
+    assert sum(array.nbytes for array in arrays) < 5 * 20 * len(SOURCE)
+
+
 # Batches
+
+
+def plain_pad(rows: list[list[int]], length: int) -> list[list[int]]:
+    width = max(length, *map(len, rows))
+    return [row + [PAD] * (width - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("length", [0, 7, 40])
+def test_collate_is_its_plain_definition(length: int) -> None:
+    sources, targets = ROWS[:30], ROWS[30:60]
+    batch = collate(sources, targets, source_length=length, target_length=length)
+    ended = [[*row, EOS] for row in targets]
+    assert batch.source.tolist() == plain_pad([[*row, EOS] for row in sources], length)
+    assert batch.target_out.tolist() == plain_pad(ended, length)
+    assert batch.target_in.tolist() == plain_pad([[BOS, *row] for row in targets], length)
+    assert torch.equal(batch.source_mask, batch.source != PAD)
+    assert torch.equal(batch.target_mask, batch.target_out != PAD)
+    assert batch.num_tokens == sum(map(len, ended))
 
 
 def test_collate_frames_and_masks() -> None:
@@ -188,19 +240,66 @@ def test_length_batches_of_nothing() -> None:
     assert length_batches([], max_tokens=10) == []
 
 
-# Flat storage
+# The ids of a corpus
+
+ROWS = [RANDOM.integers(3, 1000, length).tolist() for length in RANDOM.integers(0, 30, 200)]
+IDS = pa.list_(pa.int32())
+
+
+def many_chunks() -> list[pa.ListArray]:
+    """``ROWS`` in chunks of several sizes, some of them slices of larger ones."""
+    cuts = [0, 1, 1, 50, 77, 200]
+    chunks = []
+    for start, end in itertools.pairwise(cuts):
+        whole = pa.array([[1, 2], *ROWS[start:end], [3]], IDS)
+        chunks.append(whole.slice(1, end - start))
+    return chunks
 
 
 def test_sequences_give_back_every_row() -> None:
-    rows = [[], [1, 2], [3], [], [4, 5, 6], [7]]
-    chunks = [pa.array(rows[:2], pa.list_(pa.int32())), pa.array(rows[2:], pa.list_(pa.int32()))]
+    sequences = Sequences(many_chunks())
+    assert [sequences[i] for i in range(len(ROWS))] == ROWS
+    assert sequences.lengths.tolist() == [len(row) for row in ROWS]
+
+
+def test_rows_are_those_of_the_numbers_in_their_order() -> None:
+    sequences = Sequences(many_chunks())
+    numbers = RANDOM.integers(0, len(ROWS), 500)
+    ids, lengths = sequences.rows(numbers)
+    assert np.split(ids, np.cumsum(lengths)[:-1])[7].tolist() == ROWS[numbers[7]]
+    assert ids.tolist() == [id for number in numbers for id in ROWS[number]]
+    assert lengths.tolist() == [len(ROWS[number]) for number in numbers]
+
+
+def test_ids_are_not_copied(tmp_path: Path) -> None:
+    schema = pa.schema([("ids", IDS)])
+    with pa.ipc.new_stream(str(tmp_path / "ids.arrow"), schema) as stream:
+        for chunk in many_chunks():
+            stream.write_batch(pa.record_batch([chunk], schema=schema))
+    before = pa.total_allocated_bytes()
+    table = pa.ipc.open_stream(pa.memory_map(str(tmp_path / "ids.arrow"))).read_all()
+    chunks = table.column("ids").chunks
     sequences = Sequences(chunks)
-    assert [sequences[i] for i in range(len(rows))] == rows
-    assert sequences.lengths.tolist() == [len(row) for row in rows]
+    assert [sequences[i] for i in range(len(ROWS))] == ROWS
+    assert pa.total_allocated_bytes() == before
+    for chunk, values in zip([c for c in chunks if len(c)], sequences.values, strict=True):
+        assert np.shares_memory(values, chunk.values.to_numpy())
+        assert not values.flags.owndata
 
 
-def test_sequences_of_a_slice() -> None:
-    """A sliced Arrow array keeps its parent's values; only its own may show."""
-    whole = pa.array([[1, 2], [3], [4, 5, 6], [7]], pa.list_(pa.int32()))
-    sequences = Sequences([whole.slice(1, 2)])
-    assert [sequences[0], sequences[1]] == [[3], [4, 5, 6]]
+def test_a_planned_batch_is_what_collate_makes_of_its_rows() -> None:
+    sources, targets = Sequences(many_chunks()), Sequences(many_chunks()[::-1])
+    planned = PlannedBatch(RANDOM.integers(0, len(ROWS), 40), source_length=32, target_length=34)
+    expected = collate(
+        [sources[index] for index in planned.indices],
+        [targets[index] for index in planned.indices],
+        source_length=32,
+        target_length=34,
+    )
+    assert as_lists(load_batch(sources, targets, planned)) == as_lists(expected)
+
+
+def as_lists(batch: Batch) -> list[object]:
+    tensors = (batch.source, batch.target_in, batch.target_out)
+    masks = (batch.source_mask, batch.target_mask)
+    return [*(tensor.tolist() for tensor in (*tensors, *masks)), batch.num_tokens]

@@ -118,6 +118,33 @@ def test_errors_are_one_clear_line(tmp_path: Path, arguments: list[str], message
     assert len([line for line in result.stderr.decode().splitlines() if "error:" in line]) == 1
 
 
+@pytest.mark.slow
+def test_workers_change_nothing(model: Path, tmp_path: Path) -> None:
+    """More chunks than the workers are given at a time, of which the last ends in no newline."""
+    text = tmp_path / "in.txt"
+    words = ["the", "man", "sees", "a", "red", "house"]
+    lines = [f"{' '.join(words[: 1 + n % 6])} {n}" for n in range(9000)]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    outputs = []
+    for workers in ("1", "3"):
+        target = tmp_path / workers
+        options = ["-i", str(text), "-o", str(target), "-b", "1", "--threads", "1"]
+        result = run("-m", str(model), *options, "--workers", workers)
+        assert result.returncode == 0, result.stderr
+        outputs.append(target.read_bytes())
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count(b"\n") == len(lines)
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("the man\n" * 3)
+    result = run("-m", str(tmp_path), "-i", str(tmp_path / "in.txt"), "--workers", "2")
+    assert result.returncode == 2
+    (line,) = result.stderr.decode().splitlines()
+    assert "holds no model" in line
+
+
 def test_a_missing_input_leaves_the_output_alone(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out.txt").write_text("old")
     result = run("-m", model, "-i", tmp_path / "in.txt", "-o", tmp_path / "out.txt")

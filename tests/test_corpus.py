@@ -3,17 +3,24 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
+import sys
+import time
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from mt import cleaning, digests
 from mt import corpus as corpus_module
-from mt.cleaning import leak_key, table
+from mt.cleaning import examine_batch, leak_key, leak_keys, table
 from mt.config import CleanConfig, DataConfig, Origin, TokenizerConfig
 from mt.corpus import Corpus, find, prepare
+from mt.tokenizer import normalize
 
 TOKENIZER = TokenizerConfig(vocab_size=300)
 Pairs = list[tuple[str, str]]
@@ -106,6 +113,39 @@ def test_normalization_is_counted_and_can_be_switched_off(tmp_path: Path) -> Non
     assert pairs_of(prepared(tmp_path, [*good_pairs(30), odd], clean=clean).train)[30] == odd
 
 
+ODD = [
+    character
+    for character in map(chr, range(sys.maxunicode + 1))
+    if unicodedata.category(character) not in ("Cn", "Co", "Cs")
+    and not (character.isalnum() and unicodedata.is_normalized("NFC", character))
+]
+
+
+@pytest.mark.parametrize("form", ["a{}b", "{}b", "a{}", "a {} b", "o{}\u0301"])
+def test_text_of_every_kind_is_normalized(form: str) -> None:
+    """Most of it is passed over in preparation, so it must be seen which is not."""
+    texts = [form.format(character) for character in ODD]
+    split = Dataset.from_dict({"source": texts, "target": texts})
+    for nfc, control in ((True, True), (True, False), (False, True), (False, False)):
+        done = examine_batch(split.data.table, nfc=nfc, control=control)
+        assert done["source"].to_pylist() == [normalize(t, nfc=nfc, control=control) for t in texts]
+
+
+def test_leak_keys_are_those_of_each_text() -> None:
+    generator = random.Random(1)
+    alphabet = [*ODD, *"aßÀΣςé \n" * 500]
+    texts = ["".join(generator.choices(alphabet, k=generator.randrange(9))) for _ in range(3000)]
+
+    def plain(text: str) -> str:
+        folded = unicodedata.normalize("NFC", text.casefold())
+        skipped = {"Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sk", "Zs", "Zl", "Zp", "Cc", "Cf"}
+        bare = "".join(" " if unicodedata.category(c) in skipped else c for c in folded)
+        return " ".join(bare.split()) or " ".join(folded.split())
+
+    assert leak_keys(texts) == [plain(text) for text in texts]
+    assert leak_keys([]) == []
+
+
 def test_held_out_text_is_only_normalized(tmp_path: Path) -> None:
     held_out = [
         pair for rule in ("max_chars", "max_length_ratio", "identical") for pair in BAD[rule]
@@ -180,6 +220,35 @@ def test_max_pairs_takes_the_first(tmp_path: Path) -> None:
 
 
 # What comes out
+
+
+def test_the_parts_that_text_passes_in_do_not_shape_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [pair for bad in BAD.values() for pair in bad]
+    pairs = [*good_pairs(150), *pairs, *good_pairs(200), ("cafe\u0301 one", "Cafe  eins")]
+    settings = {"num_valid": 20, "valid": None}
+
+    def whole(name: str) -> dict[str, Any]:
+        config = data_config(tmp_path, pairs, **settings)
+        corpus = prepare(config, TOKENIZER, root=tmp_path / name)
+        parts = {split: getattr(corpus, split)[:] for split in ("train", "valid", "test")}
+        return {**corpus.report, **parts}
+
+    at_once = whole("at once")
+    monkeypatch.setattr(corpus_module.sources, "NUM_ROWS", 7)
+    monkeypatch.setattr(cleaning, "NUM_ROWS", 11)
+    monkeypatch.setattr(cleaning, "PAIRS_A_PROCESS", 100)
+    monkeypatch.setattr(cleaning.os, "cpu_count", lambda: 3)
+    assert whole("in parts") == at_once
+
+
+def test_rows_lie_as_they_are_counted(tmp_path: Path) -> None:
+    """A mapping of indices in between would make every access slow."""
+    corpus = prepared(tmp_path, good_pairs(100) + BAD["identical"], valid=None)
+    for split in (corpus.train, corpus.valid, corpus.test):
+        assert split.data.column("source_ids").to_pylist() == split["source_ids"][:]
+        assert split.data.num_rows == len(split)
 
 
 def test_ids_are_those_of_the_text(tmp_path: Path) -> None:
@@ -272,6 +341,27 @@ def test_damaged_text_is_prepared_again(tmp_path: Path, name: str, damage: str) 
         file.write_bytes(content[:half] + rest)
     assert find(path) is None
     assert pairs_of(prepare(config, TOKENIZER, root=tmp_path / "data").train) == good_pairs(50)
+
+
+def test_damage_with_the_old_date_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "TICK", -(1 << 60))  # all files count as old
+    path = prepared(tmp_path, good_pairs(50)).path
+    (file,) = path.glob("train/*.arrow")
+    facts = file.stat()
+    time.sleep(0.05)
+    file.write_bytes(file.read_bytes()[::-1])
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert find(path) is None
+
+
+def test_a_wrong_memory_of_digests_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "TICK", -(1 << 60))
+    path = prepared(tmp_path, good_pairs(50)).path
+    memory = path / corpus_module.MEMORY
+    memory.write_text(memory.read_text().replace('"sha256": "', '"sha256": "0'))
+    assert find(path) is not None
 
 
 def test_interrupted_preparation_is_not_taken_for_whole(

@@ -19,16 +19,18 @@ LAYERS: dict[str, set[str]] = {
     "optim": set(),
     "monitor": set(),
     "bible": set(),
+    "digests": set(),
     "search": {"tokenizer"},  # the special ids
     "batching": {"tokenizer"},  # the special ids
-    "sources": {"bible"},
+    "sources": {"bible", "digests"},
     "cleaning": {"tokenizer"},
-    "corpus": {"cleaning", "sources", "tokenizer"},
+    "corpus": {"cleaning", "digests", "sources", "tokenizer"},
     "model": {"attention"},
+    "packed": {"model", "runtime"},
     "checkpoint": {"model", "tokenizer"},
     "runs": set(),
     "translate": {
-        "batching", "checkpoint", "model", "runtime", "search", "tokenizer",
+        "batching", "checkpoint", "model", "packed", "runtime", "search", "tokenizer",
     },
     "evaluate": {
         "batching", "checkpoint", "corpus", "loss", "model", "runtime", "tokenizer", "translate",
@@ -40,11 +42,12 @@ LAYERS: dict[str, set[str]] = {
     "validate": {
         "batching", "corpus", "evaluate", "model", "monitor", "runtime", "translate",
     },
+    "signals": {"ranks"},
     "preflight": {"batching", "corpus", "runtime", "trainer"},
     "budget": {"corpus", "preflight", "ranks", "runs", "runtime", "trainer"},
     "train": {
         "budget", "checkpoint", "corpus", "evaluate", "monitor", "ranks", "runs", "runtime",
-        "trainer", "validate",
+        "signals", "trainer", "validate",
     },
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The Makefile: settings reach the scripts letter by letter, and setup repairs itself."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["help", "setup", "data", "train", "eval", "translate", "test", "lint", "format"]
-TARGETS += ["tensorboard", "clean"]
+TARGETS = ["help", "setup", "data", "train", "eval", "translate", "bench", "test", "lint"]
+TARGETS += ["format", "tensorboard", "clean"]
 
 # Stands for .venv/bin/*: notes how it was called.
 RECORDER = f"""#!{sys.executable}
@@ -288,6 +289,26 @@ def test_training_in_a_fresh_checkout_sets_up_first(fresh: Path) -> None:
     assert [call[0] for call in calls(fresh)] == ["-m", "scripts/train.py"]
 
 
+def test_benchmarks_install_what_they_compare_with_once(fresh: Path) -> None:
+    for _ in range(2):
+        result = make(fresh, "bench", "ARGS=train --peer hf", "model=big", PYTHON="./python3")
+        assert result.returncode == 0, result.stderr
+    setup_call, peer_call, *measured = calls(fresh)
+    assert setup_call[-1] == ".[dev]"
+    assert peer_call[-4:] == ["-c", "constraints.txt", "-e", ".[dev,bench]"]
+    assert measured == [["scripts/bench.py", "train", "--peer", "hf", "model=big"]] * 2
+
+
+def test_what_benchmarks_compare_with_is_installed_again_when_that_broke_off(fresh: Path) -> None:
+    setup(fresh)
+    (fresh / "fail").touch()
+    assert make(fresh, "bench", PYTHON="./python3").returncode != 0
+    (fresh / "fail").unlink()
+    make(fresh, "bench", PYTHON="./python3")
+    installs = [call for call in calls(fresh) if call[-1] == ".[dev,bench]"]
+    assert len(installs) == 2
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
 def test_setup_runs_again_after_a_change(fresh: Path, name: str) -> None:
     setup(fresh)
@@ -338,6 +359,7 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    optional = itertools.chain.from_iterable(project["optional-dependencies"].values())
+    for text in [*project["dependencies"], *optional]:
         requirement = packaging.Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name]), text

@@ -115,39 +115,62 @@ def test_step_by_step_is_all_at_once(
     source: Tensor, target: Tensor, activation: Activation
 ) -> None:
     model = build(activation=activation, decoder_layers=3)
-    expected = model(source, target, source != 0)
+    long = torch.cat([target, target.flip(1).repeat(1, 3)], dim=1)  # the caches grow
+    expected = model(source, long, source != 0)
     state = model.start(model.encode(source, source != 0), source != 0)
-    for position in range(T):
-        same(state.step(target[:, position]), expected[:, position])
+    for position in range(long.size(1)):
+        tokens = long[:, position : position + 1]
+        same(state.step(tokens, torch.zeros_like(tokens))[:, 0], expected[:, position])
 
 
-def test_hypotheses_are_copied_reordered_and_dropped(model: Transformer, source: Tensor) -> None:
-    """Whatever happens to the rows, each gets the logits of its own sentence and prefix."""
+@pytest.mark.parametrize(
+    "moves",  # steps: places of the sentences that are kept, parents of their hypotheses
+    [
+        [
+            ([0, 1, 2], [[0], [0], [0]]),
+            ([0, 1, 2], [[0, 0], [0, 0], [0, 0]]),  # two hypotheses a sentence
+            ([0, 1, 2], [[1, 0], [1, 1], [0, 1]]),  # swapped, one doubled, as they were
+            ([0, 2], [[0, 0], [1, 0]]),  # the second sentence leaves
+            ([0, 1], [[1, 0, 1], [0, 1, 1]]),  # three hypotheses a sentence
+            ([1], [[1]]),  # the first leaves, and one hypothesis
+            ([0], [[0]]),
+        ],
+        [
+            ([0, 1, 2], [[0], [0], [0]]),
+            ([1], [[0, 0, 0]]),  # as many rows as before, but all of one sentence
+            ([0], [[2, 0, 1]]),
+        ],
+        [
+            ([0, 1, 2], [[0], [0], [0]]),
+            ([0, 2], [[0], [0]]),
+            ([1], [[0]]),
+        ],
+    ],
+)
+def test_hypotheses_are_copied_reordered_and_dropped(
+    model: Transformer, source: Tensor, moves: list[tuple[list[int], list[list[int]]]]
+) -> None:
+    """Whatever happens to the hypotheses, each gets the logits of its own sentence and prefix."""
     mask = source != 0
     state = model.start(model.encode(source, mask), mask)
-    prefixes = [(row, [1]) for row in range(B)]  # (sentence, pieces)
-    reorders = [
-        [0, 0, 1, 1, 2, 2],  # two hypotheses a sentence
-        [1, 0, 3, 3, 4, 5],  # swapped, one doubled, as they were
-        [0, 0, 5, 4],  # the second sentence leaves
-        [1, 0, 1, 2, 3, 3],  # three hypotheses a sentence
-        [4, 3],  # the first leaves, and one hypothesis
-    ]
+    sentences = list(range(B))
+    prefixes: list[list[list[int]]] = [[[]]] * B  # of each sentence, of each of its hypotheses
     generator = torch.Generator().manual_seed(4)
-    for rows in [*reorders, None]:
-        logits = state.step(torch.tensor([pieces[-1] for _, pieces in prefixes]))
-        for row, (sentence, pieces) in enumerate(prefixes):
-            one = slice(sentence, sentence + 1)
-            expected = model(source[one], torch.tensor([pieces]), mask[one])[0, -1]
-            same(logits[row], expected)
-        if rows is None:
-            break
-        state.reorder(torch.tensor(rows))
-        nexts = torch.randint(3, V, (len(rows),), generator=generator).tolist()
+    for kept, parents in moves:
+        if len(kept) < len(sentences):
+            state.keep(torch.tensor(kept))
+        sentences = [sentences[place] for place in kept]
+        tokens = torch.randint(3, V, (len(kept), len(parents[0])), generator=generator)
         prefixes = [
-            (prefixes[row][0], [*prefixes[row][1], piece])
-            for row, piece in zip(rows, nexts, strict=True)
+            [[*prefixes[place][parent], int(token)] for parent, token in zip(row, new, strict=True)]
+            for place, row, new in zip(kept, parents, tokens, strict=True)
         ]
+        logits = state.step(tokens, torch.tensor(parents))
+        for row, (sentence, hypotheses) in enumerate(zip(sentences, prefixes, strict=True)):
+            one = slice(sentence, sentence + 1)
+            for place, pieces in enumerate(hypotheses):
+                expected = model(source[one], torch.tensor([pieces]), mask[one])[0, -1]
+                same(logits[row, place], expected)
 
 
 # Parts
@@ -181,10 +204,12 @@ def test_tied_tables_are_one_matrix() -> None:
     table = model.source_embedding.table.weight
     assert table is model.target_embedding.table.weight
     assert table is model.output_table
+    assert table is model.output.weight
 
     model = build(tie=Tie.decoder)
     assert model.source_embedding.table.weight is not model.target_embedding.table.weight
     assert model.target_embedding.table.weight is model.output_table
+    assert model.target_embedding.table.weight is model.output.weight
     extra = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for p in build(tie=Tie.all).parameters()
     )
@@ -194,6 +219,7 @@ def test_tied_tables_are_one_matrix() -> None:
 def test_a_copy_stays_tied() -> None:
     model = copy.deepcopy(build(tie=Tie.all)).to(torch.bfloat16)
     assert model.source_embedding.table.weight is model.output_table
+    assert model.source_embedding.table.weight is model.output.weight
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (3, 1)])

@@ -19,28 +19,33 @@ class TableDecoder:
     def __init__(self, table: Tensor) -> None:
         self.table = table  # [sentences, V, V]
         self.sentences = torch.arange(len(table))
-        self.history = torch.empty((len(table), 0), dtype=torch.long)  # [rows, pieces so far]
+        self.history = torch.empty((len(table), 1, 0), dtype=torch.long)  # [B, W, pieces so far]
         self.rows_seen: list[int] = []
 
-    def step(self, tokens: Tensor) -> Tensor:
-        assert tokens.shape == self.sentences.shape
-        self.rows_seen.append(len(tokens))
-        self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
-        return self.table[self.sentences, tokens]
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        assert tokens.shape == parents.shape
+        assert len(tokens) == len(self.sentences)
+        self.rows_seen.append(tokens.numel())
+        rows = torch.arange(len(tokens))[:, None]
+        self.history = torch.cat([self.history[rows, parents], tokens.unsqueeze(-1)], dim=-1)
+        return self.table[self.sentences[:, None], tokens]
 
-    def reorder(self, rows: Tensor) -> None:
-        self.sentences = self.sentences[rows]
-        self.history = self.history[rows]
+    def keep(self, sentences: Tensor) -> None:
+        self.sentences = self.sentences[sentences]
+        self.history = self.history[sentences]
 
 
 class HistoryDecoder(TableDecoder):
     """Logits that depend on all earlier pieces, as this decoder itself remembers them."""
 
-    def step(self, tokens: Tensor) -> Tensor:
-        logits = super().step(tokens)
-        weights = torch.arange(1, self.history.shape[1] + 1)
-        mood = (self.history * weights).sum(dim=1, keepdim=True)
-        return logits + torch.sin(mood + torch.arange(logits.shape[1]) * 1.7)
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        logits = super().step(tokens, parents)
+        weights = torch.arange(1, self.history.shape[-1] + 1)
+        mood = (self.history * weights).sum(dim=-1, keepdim=True)
+        return logits + torch.sin(mood + torch.arange(logits.shape[-1]) * 1.7)
+
+
+ONE = torch.zeros((1, 1), dtype=torch.long)  # the parent of the only hypothesis of one sentence
 
 
 def random_table(num_sentences: int, vocab_size: int, *, seed: int = 0) -> Tensor:
@@ -52,7 +57,7 @@ def log_probs(decoder: TableDecoder, sentence: int, ids: list[int]) -> list[floa
     """Log probabilities of ids, one by one, from a fresh decoder of one sentence."""
     single = type(decoder)(decoder.table[sentence : sentence + 1])
     return [
-        single.step(torch.tensor([previous])).log_softmax(-1)[0, following].item()
+        single.step(torch.tensor([[previous]]), ONE).log_softmax(-1)[0, 0, following].item()
         for previous, following in itertools.pairwise([BOS, *ids])
     ]
 
@@ -94,7 +99,7 @@ def greedy(decoder: TableDecoder, sentence: int, *, max_length: int) -> list[int
     ids: list[int] = []
     previous = BOS
     while len(ids) < max_length - 1:
-        logits = single.step(torch.tensor([previous]))[0]
+        logits = single.step(torch.tensor([[previous]]), ONE)[0, 0]
         logits[[PAD, BOS, UNK]] = -torch.inf
         previous = int(logits.argmax())
         if previous == EOS:

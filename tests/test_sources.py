@@ -261,6 +261,33 @@ def test_prefix_of_two_files(tmp_path: Path, packed: str, end: str) -> None:
     assert read(swapped, tmp_path / "c") == [(de, en) for en, de in PAIRS]
 
 
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+@pytest.mark.parametrize("content", ["", "\n", "a", "a\nb", "a\n\n", "\n\nä\r\n\u2028b\r\r\nc\n"])
+def test_lines_do_not_depend_on_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, content: str
+) -> None:
+    monkeypatch.setattr(sources, "BLOCK", block)
+    monkeypatch.setattr(sources, "NUM_ROWS", 2)
+    for language in ("en", "de"):
+        (tmp_path / f"t.{language}").write_bytes(content.encode("utf-8-sig"))
+    lines = content.removesuffix("\n").split("\n") if content else []
+    expected = [line.rstrip("\r") for line in lines]
+    assert read(files(tmp_path / "t"), tmp_path / "c") == list(zip(expected, expected, strict=True))
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_line_that_is_not_utf8_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, mark: str
+) -> None:
+    monkeypatch.setattr(sources, "BLOCK", block)
+    content = mark.encode() + b"good\nalso good\n\xffbad\ngood\n"
+    for language in ("en", "de"):
+        (tmp_path / f"t.{language}").write_bytes(content)
+    with pytest.raises(ValueError, match=r"t.en, line 3: not UTF-8"):
+        read(files(tmp_path / "t"), tmp_path / "c")
+
+
 def test_tsv_with_and_without_header(tmp_path: Path) -> None:
     rows = "".join(f"{en}\t{de}\tnote\n" for en, de in PAIRS)
     (tmp_path / "a.tsv").write_text(rows)

@@ -46,21 +46,21 @@ def tokenizer() -> Tokenizer:
 
 
 class CopyDecoder:
-    """Writes each row's source, piece by piece, and then an end of sentence."""
+    """Writes each sentence's source, piece by piece, and then an end of sentence."""
 
     def __init__(self, source: Tensor, vocab_size: int) -> None:
         self.source = source
         self.vocab_size = vocab_size
         self.position = 0
 
-    def step(self, tokens: Tensor) -> Tensor:
-        logits = torch.zeros((len(tokens), self.vocab_size))
-        logits[torch.arange(len(tokens)), self.source[:, self.position]] = 20.0
+    def step(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        logits = torch.zeros((*tokens.shape, self.vocab_size))
+        logits[torch.arange(len(tokens)), :, self.source[:, self.position]] = 20.0
         self.position = min(self.position + 1, self.source.shape[1] - 1)
         return logits
 
-    def reorder(self, rows: Tensor) -> None:
-        self.source = self.source[rows]
+    def keep(self, sentences: Tensor) -> None:
+        self.source = self.source[sentences]
 
 
 class CopyModel:
