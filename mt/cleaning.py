@@ -281,8 +281,10 @@ def cut(
     if sum(numbers) > len(chosen) // 5:
         numbers = [min(number, len(chosen) // 10) for number in numbers]
         log.warning("little text: only %d validation and %d test pairs are cut off", *numbers)
-    parts = np.split(chosen, np.cumsum(numbers))[:2]
-    valid_rows, test_rows = (np.isin(np.arange(len(train)), part) for part in parts)
+    num_valid, num_test = numbers
+    valid_rows, test_rows = np.zeros((2, len(train)), dtype=bool)
+    valid_rows[chosen[:num_valid]] = True
+    test_rows[chosen[num_valid : num_valid + num_test]] = True
     return {
         "train": Sieve(train, ~(valid_rows | test_rows)),
         "valid": Sieve(train, valid_rows) if valid is None else Sieve(valid),
