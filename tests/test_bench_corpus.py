@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from bench_corpus import CHUNK, measure_corpus, write_corpus
+
+from benchmarks.corpus import CHUNK, measure_corpus, write_corpus
 
 
 def test_text_is_the_same_every_time_and_like_text(tmp_path: Path) -> None:
