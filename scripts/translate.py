@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,9 +30,9 @@ CHUNK = 1 << 16  # bytes read at once, and so about how much text is sorted and 
 
 def main() -> int:
     """Run the command; return its exit code."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `translate.py | head` ends quietly
     options = parse()
+    if hasattr(signal, "SIGPIPE") and options.workers == 1:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `translate.py | head` ends quietly
     try:
         with read(options) as chunks, write(options.output) as out:
             for translated in translate(numbered(chunks), options):
@@ -39,6 +40,9 @@ def main() -> int:
                 out.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the same, where there are workers to be ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except BrokenProcessPool:
         message = "a worker process has ended (killed, or out of memory); use fewer --workers"
         print(f"translate.py: error: {message}", file=sys.stderr)
@@ -140,24 +144,46 @@ def translate(
     pool = ProcessPoolExecutor(
         options.workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=let_parent_stop,
+        initializer=follow_parent,
     )
     waiting: deque[Future[list[bytes]]] = deque()
     try:
         # No more is read than keeps all busy: a text of any length fits into memory.
         for number, texts in itertools.islice(chunks, 2 * options.workers):
-            waiting.append(pool.submit(work, number, texts, options))
+            waiting.append(submit(pool, number, texts, options))
         while waiting:
             yield waiting.popleft().result()
             for number, texts in itertools.islice(chunks, 1):
-                waiting.append(pool.submit(work, number, texts, options))
+                waiting.append(submit(pool, number, texts, options))
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def let_parent_stop() -> None:
-    """Ctrl-C goes to all processes; the first one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def submit(
+    pool: ProcessPoolExecutor, number: int, texts: list[str], options: argparse.Namespace
+) -> Future[list[bytes]]:
+    """Hand a chunk to a worker. One that is started for it inherits that Ctrl-C is not for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return pool.submit(work, number, texts, options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def follow_parent() -> None:
+    """End with the parent, even if it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 _loaded: "list[Translator]" = []  # a worker's own, once it has had something to do

@@ -137,6 +137,33 @@ def test_workers_change_nothing(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL, signal.SIGPIPE])
+def test_no_worker_outlives_its_parent(model: Path, tmp_path: Path, end: signal.Signals) -> None:
+    text = tmp_path / "in.txt"
+    text.write_text("the man sees a red house\n" * 20_000)
+    program = [sys.executable, SCRIPT, "-m", model, "-b", "1", "--workers", "2", "-i", text]
+    with subprocess.Popen(
+        program,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        if end is signal.SIGPIPE:
+            process.stdout.close()
+        else:
+            process.send_signal(end)
+        # Its end is there when the last process that could write has ended.
+        _, errors = process.communicate(timeout=30)
+    codes = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL, signal.SIGPIPE: 0}
+    assert process.returncode == codes[end]
+    if end is not signal.SIGKILL:
+        assert errors == b""
+
+
+@pytest.mark.slow
 def test_an_error_of_a_worker_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("the man\n" * 3)
     result = run("-m", str(tmp_path), "-i", str(tmp_path / "in.txt"), "--workers", "2")
